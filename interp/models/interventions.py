@@ -1,0 +1,257 @@
+"""Hooks for one forward pass: which tensor a site is, how it is read and written, and the ledger.
+
+Hooks exist only while a forward pass runs: contexts such as ``model.patched`` merely keep a list of what
+to do, so an exception or an abandoned generator cannot leave a hook behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.errors import InputError
+from interp.models.batch import Batch
+from interp.models.wrap import Wrapped
+from interp.sites import Site
+
+
+class StopForward(Exception):  # noqa: N818 - not an error: the last activation anybody wants has been read
+    """Ends a forward pass early."""
+
+
+@dataclass
+class Entry:
+    """What one intervention did.
+
+    Attributes:
+        site: where.
+        fired: forward passes in which its hook ran.
+        change: root of the summed squared differences it made; 0 means it wrote what was there.
+    """
+
+    site: Site
+    fired: int = 0
+    square: Tensor | float = 0.0
+
+    @property
+    def change(self) -> float:
+        """Norm of everything it changed."""
+        return float(self.square) ** 0.5
+
+
+@dataclass
+class Ledger:
+    """How often every intervention fired and how much it changed."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def change(self) -> float:
+        """Norm of all changes."""
+        return sum(float(e.square) for e in self.entries) ** 0.5
+
+    def check(self) -> None:
+        """Refuse interventions that never ran.
+
+        Raises:
+            InputError: one that never fired; a result computed with it would be the unpatched one.
+        """
+        if silent := [str(e.site) for e in self.entries if not e.fired]:
+            raise InputError(f"the intervention at {', '.join(silent)} never fired: no forward pass went through it")
+
+    def __str__(self) -> str:
+        """One line per intervention."""
+        return "\n".join(f"{e.site}: fired {e.fired} times, changed by {e.change:.4g}" for e in self.entries)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts of one forward pass: their rows in the whole batch, and the phase of generation."""
+
+    batch: Batch
+    rows: Tensor
+    total: int
+    phase: str = "prompt"
+
+
+Change = Callable[[Tensor, Part], Tensor]
+"""Maps the activation at a site (already cut to head and positions) to the new one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Action:
+    """One intervention: where, what, when, and its row in the ledger."""
+
+    site: Site
+    change: Change
+    at: str
+    entry: Entry
+
+
+def locate(site: Site, part: Part, x: Tensor) -> tuple[Any, ...]:
+    """The index into a full activation that gives the site's head and positions.
+
+    Full activations are [prompt, pos, d], [prompt, pos, head, d_head], and [prompt, head, query, key] for
+    ``pattern``, whose position is the query's. The indexed part is [prompt, ...], or [prompt, n, ...] for a
+    position that names n tokens of every prompt.
+
+    Raises:
+        InputError: a position that names different numbers of tokens in different prompts.
+    """
+    head: Any = slice(None) if site.head is None else site.head
+    if site.position is None or part.phase == "new":
+        rows: Any = slice(None)
+        where: Any = slice(None)
+    else:
+        places = part.batch.at(site.position)
+        if len({len(p) for p in places}) != 1:
+            raise InputError(f"position {site.position!r} names different numbers of tokens in different prompts; patch them one number at a time")
+        where = torch.tensor(places, device=x.device)
+        rows = torch.arange(len(places), device=x.device)[:, None]
+        if where.shape[1] == 1:
+            rows, where = rows[:, 0], where[:, 0]
+    if site.component == "pattern":
+        return (rows, head, where)
+    return (rows, where, head) if site.per_head else (rows, where)
+
+
+def position_axes(site: Site, ndim: int) -> list[int]:
+    """The axes of a captured tensor that count positions."""
+    if site.component == "pattern":
+        return [ndim - 1] if site.position is not None else [ndim - 2, ndim - 1]
+    return [1] if site.position is None else []
+
+
+def mask_padding(x: Tensor, site: Site, part: Part) -> Tensor:
+    """The activation at a site with zeros at padding."""
+    if part.batch.padded:
+        mask = part.batch.mask.to(x.device)
+        for axis in position_axes(site, x.ndim):
+            x = x * mask.reshape([len(mask) if a == 0 else mask.shape[1] if a == axis else 1 for a in range(x.ndim)])
+    return x
+
+
+def fit(value: Tensor, like: Tensor, part: Part, site: Site) -> Tensor:
+    """The value for the prompts of this pass, broadcast against the activation.
+
+    A value whose first axis counts all prompts of the batch is cut to this pass's prompts; position axes
+    longer than this pass (padding of longer prompts) are cut too.
+
+    Raises:
+        InputError: the shapes do not fit.
+    """
+    v = value.to(like)
+    if v.ndim == like.ndim:
+        if v.shape[0] == part.total and part.total > 1:
+            v = v[part.rows.to(v.device)]
+        for axis in range(1, v.ndim):
+            if v.shape[axis] > like.shape[axis] > 0 and (site.position is None or (site.component == "pattern" and axis == v.ndim - 1)):
+                v = v.narrow(axis, 0, like.shape[axis])
+    try:
+        return v.expand_as(like)
+    except RuntimeError as e:
+        raise InputError(f"a value of shape {tuple(value.shape)} does not fit {site}, which is {tuple(like.shape)} here") from e
+
+
+def setter(site: Site, value: Tensor) -> Change:
+    """A change that sets a site to a value."""
+    return lambda x, part: fit(value, x, part, site)
+
+
+class Hooks:
+    """Installs actions and readers on a wrapped model for one forward pass."""
+
+    def __init__(self, wrapped: Wrapped, part: Part) -> None:
+        """Nothing is installed yet."""
+        self.wrapped = wrapped
+        self.part = part
+        self._handles: list[tuple[Any, Any]] = []
+
+    def _on(self, component: str, layer: int | None, fn: Callable[[Tensor], Tensor | None]) -> None:
+        point = self.wrapped.hook_point(component, layer)
+        self._handles.append((point, point.add_hook(lambda t, hook: fn(t))))
+
+    def act(self, action: Action) -> None:
+        """Install one intervention, unless it does not concern this phase."""
+        site, entry, part = action.site, action.entry, self.part
+        if action.at != "all" and action.at != part.phase:
+            return
+        if part.phase == "new" and site.position is not None:
+            return
+
+        def write(x: Tensor) -> Tensor:
+            where = locate(site, part, x)
+            old = x[where]
+            new = action.change(old, part)
+            entry.fired += 1
+            change = new.detach().double() - old.detach().double()
+            entry.square = entry.square + mask_padding(change, site, part).square().sum()
+            out = x.clone()
+            out[where] = new
+            return out
+
+        if site.component != "resid_mid":
+            self._on(site.component, site.layer, write)
+            return
+        # A write at the MLP's input would miss the skip connection, so the stream between attention and MLP is set
+        # through what attention adds to it.
+        self.wrapped.hook_point("resid_mid", site.layer)
+        entering: list[Tensor] = []
+        self._on("resid_pre", site.layer, lambda x: entering.append(x))
+        self._on("attn_out", site.layer, lambda x: write(entering[-1] + x) - entering[-1])
+
+    def read(self, site: Site, into: dict[Site, Tensor]) -> None:
+        """Keep the activation at a site; a position or head is cut out at once."""
+
+        def keep(x: Tensor) -> None:
+            into[site] = x[locate(site, self.part, x)].detach().clone()
+
+        self._on(site.component, site.layer, keep)
+
+    def leaf(self, site: Site, into: dict[Site, Tensor]) -> None:
+        """Keep the activation in the graph, as something to differentiate by."""
+        # The stream between attention and MLP reaches the loss by the skip connection too; the gradient by
+        # what attention adds to it is the whole one.
+        component = "attn_out" if site.component == "resid_mid" else site.component
+
+        def keep(x: Tensor) -> Tensor:
+            y = x.clone() if x.requires_grad else x.detach().clone().requires_grad_(True)
+            into[site] = y
+            return y
+
+        self._on(component, site.layer, keep)
+
+    def stop_after(self, sites: Sequence[Site], into: dict[Site, Tensor]) -> None:
+        """End the pass once every wanted site has been read."""
+        last = max(s.layer if s.layer is not None else -1 for s in sites)
+
+        def check(x: Tensor) -> None:
+            if all(s in into for s in sites):
+                raise StopForward
+
+        for component, layer in {(s.component, s.layer) for s in sites if (s.layer if s.layer is not None else -1) == last}:
+            self._on(component, layer, check)
+
+    def remove(self) -> None:
+        """Take every hook out again."""
+        for point, handle in self._handles:
+            handle.hook.remove()
+            point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
+        self._handles.clear()
+
+
+@contextmanager
+def installed(wrapped: Wrapped, part: Part, actions: Sequence[Action]) -> Iterator[Hooks]:
+    """Hooks with all actions in place, removed however the block ends."""
+    hooks = Hooks(wrapped, part)
+    try:
+        for action in actions:
+            hooks.act(action)
+        yield hooks
+    finally:
+        hooks.remove()

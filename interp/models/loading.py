@@ -1,0 +1,197 @@
+"""From a checkpoint to a Hugging Face model in memory: dtype, device, adapters, nothing random, nothing pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import InputError
+from interp.models.checkpoint import Checkpoint
+from interp.models.wrap import structure_copy
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A torch dtype from its name; None for "auto", which means as stored.
+
+    Raises:
+        InputError: no floating-point dtype of that name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    found = getattr(torch, {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is not auto, float32, float64, bfloat16 or float16")
+    return found
+
+
+def read_device(device: str | torch.device) -> torch.device:
+    """A device; "auto" is the first CUDA device if there is one."""
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as e:
+        raise InputError(f"device {device!r} is not auto, cpu, cuda or cuda:N") from e
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {device!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most numbers in the files."""
+    counts: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            counts[info.dtype] = counts.get(info.dtype, 0) + int(torch.Size(info.shape).numel())
+    if not counts:
+        raise InputError(f"{checkpoint.name}: its tensors are not floating point; quantised checkpoints cannot be read as weights")
+    return max(counts, key=lambda d: counts[d])
+
+
+def needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes the weights take once loaded."""
+    size = (dtype or stored_dtype(checkpoint)).itemsize
+    return sum(int(torch.Size(i.shape).numel()) * size for i in checkpoint.tensors.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def announce(needs: list[tuple[str, int]], device: torch.device) -> None:
+    """One line on stderr before large weights load: bytes needed, bytes free, what fits."""
+    total, free = sum(n for _, n in needs), free_bytes(device)
+    if total < 2**28:
+        return
+    each = ", ".join(f"{name} {n / 2**30:.1f} GiB" for name, n in needs)
+    verdict = "fits" if total < free else "does not fit at once: use load='one at a time', a smaller dtype, or device_map='auto'"
+    print(f"interp: loading {each} on {device}, {free / 2**30:.1f} GiB free: {verdict}", file=sys.stderr)
+
+
+def load_hf(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The Hugging Face model of a checkpoint, in evaluation mode.
+
+    Raises:
+        InputError: a weight is missing from the files (transformers would draw it at random), has another
+            shape than the config says, or is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=dtype or stored_dtype(checkpoint),
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        raise InputError(f"{checkpoint.name} cannot be loaded: {' '.join(str(e).split())}") from e
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if missing := sorted(k for k in info.get("missing_keys", ()) if k not in tied):
+        raise InputError(f"{checkpoint.name} lacks {len(missing)} of the tensors its config asks for, such as {missing[0]}")
+    if wrong := sorted(str(k) for k in info.get("mismatched_keys", ())):
+        raise InputError(f"{checkpoint.name} has tensors of another shape than its config asks for, such as {wrong[0]}")
+    if device_map is None:
+        model = model.to(device)
+    check_finite(model, checkpoint.name)
+    return model.requires_grad_(False).eval()
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        InputError: names the first such tensor.
+    """
+    for key, p in model.named_parameters():
+        if p.is_floating_point() and p.device.type != "meta" and not bool(torch.isfinite(p).all()):
+            raise InputError(f"{name}: {int((~torch.isfinite(p)).sum())} of {p.numel()} entries of {key} are NaN or infinite")
+
+
+def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """A model with an adapter's change added in fp32; it shares every tensor that the adapter leaves alone.
+
+    Args:
+        model: the base, unchanged by this.
+        folder: a PEFT adapter with safetensors.
+        dtype: dtype of the result; None is the base's, or fp32 for a half-precision base, because merging
+            into half precision destroys small deltas.
+
+    Raises:
+        InputError: the adapter does not fit the base.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged: Any = structure_copy(model)
+    try:
+        wrapped: Any = PeftModel.from_pretrained(merged, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:
+        raise InputError(f"the adapter {folder} does not fit the base: {' '.join(str(e).split())[:300]}") from e
+    for module in wrapped.modules():
+        if isinstance(module, BaseTunerLayer):
+            base: Any = module.get_base_layer()
+            # A tensor of its own: merging writes in place, and the base shares this one.
+            base.weight = nn.Parameter(base.weight.detach().float().clone(), requires_grad=False)
+    merged = wrapped.merge_and_unload()
+    first = next(model.parameters()).dtype
+    target = dtype or (torch.float32 if first in HALF else first)
+    cast: dict[int, nn.Parameter] = {}
+    for module in merged.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.dtype != target:  # a new parameter: the old one may be the base's own
+                module._parameters[name] = cast.setdefault(id(p), nn.Parameter(p.detach().to(target), requires_grad=False))
+    return merged.eval()
+
+
+def memory_fingerprint(model: nn.Module) -> str:
+    """Identity of weights in memory: an integer checksum per tensor, position-weighted, computed on the device.
+
+    Runs at each call, so weights that were updated in place are another identity.
+    """
+    digest = hashlib.sha256()
+    config: Any = model.config
+    digest.update(type(model).__name__.encode() + str(sorted(map(str, config.to_diff_dict().items()))).encode())
+    for key, p in sorted(model.named_parameters(remove_duplicate=False)):
+        digest.update(f"{key}{p.dtype}{tuple(p.shape)}{_checksum(p.detach())}".encode())
+    return digest.hexdigest()
+
+
+def _checksum(t: Tensor) -> tuple[int, ...]:
+    flat = t.contiguous().view(-1)
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    sums = []
+    for chunk in bits.split(2**24):
+        x = chunk.to(torch.int64)
+        place = torch.arange(1, x.numel() + 1, device=x.device)
+        # Two multipliers, one nonlinear in the place, so that swapped or shifted entries do not cancel; int64 wraps.
+        sums += [int((x * place).sum()), int((x * ((place * 2654435761) ^ (place >> 7))).sum())]
+    return tuple(sums)

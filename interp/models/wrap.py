@@ -1,0 +1,196 @@
+"""A Hugging Face model seen through TransformerLens: hook points by site, the user's object untouched.
+
+The model is wrapped as a structure copy that shares its tensors: modules are copied, parameters and
+buffers are the same objects, so the user's model keeps its keys, hooks and ``save_pretrained``, and updates
+of its weights are seen. TransformerLens then rewrites the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import InputError
+from interp.models.checkpoint import Shape, read_shape
+from interp.sites import Site
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+_NAMES = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "pattern": "attn.hook_pattern",
+    "mlp_post": "mlp.hook_post",
+}
+
+
+def structure_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every parameter and buffer, without the hooks of the original.
+
+    A hook the user registered belongs to the user's object: it stays there and does not run in the copy.
+    """
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        for name in _HOOKS:
+            if (hooks := getattr(module, name, None)) is not None:
+                memo[id(hooks)] = OrderedDict()
+    return copy.deepcopy(model, memo)
+
+
+class Wrapped:
+    """The TransformerLens view of one Hugging Face model.
+
+    Attributes:
+        source: the model as it was given; never changed.
+        runner: the structure copy that TransformerLens rewrote; calling it runs the hooks.
+        shape: sizes read from the config.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        """Copy the structure and wrap it."""
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        if any("_original_component" in name for name, _ in source.named_modules()):
+            raise InputError("this model is already wrapped by TransformerLens; give the plain Hugging Face model")
+        self.source = source
+        self.shape: Shape = read_shape(source.config)
+        self.runner: Any = structure_copy(source).eval()
+        self.runner.set_attn_implementation("eager")
+        self._modules = [(a, dict(a._modules)) for a in source.modules()]
+        self._links = list(zip(source.modules(), self.runner.modules(), strict=True))
+        self._overrides: dict[tuple[int, str], nn.Parameter] = {}
+        try:
+            self.bridge: Any = build_bridge_from_module(self.runner, type(source).__name__, hf_config=self.runner.config)
+        except (ValueError, KeyError, AttributeError) as e:
+            raise InputError(f"TransformerLens cannot wrap {type(source).__name__}: {e}") from e
+        self._fused = [b.attn for b in self.bridge.blocks if hasattr(getattr(b, "attn", None), "split_qkv_matrix")]
+        self._points: dict[tuple[str, int | None], Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives."""
+        return self.source.get_input_embeddings().weight.device
+
+    @property
+    def stale(self) -> bool:
+        """True when modules of the source were replaced since wrapping (an adapter was put in, say)."""
+        return any(dict(module._modules) != children for module, children in self._modules)
+
+    def refresh(self) -> None:
+        """Take over tensors that the source replaced, then split fused QKV weights anew.
+
+        TransformerLens keeps copies of the split weights of some architectures; unrefreshed they would
+        silently lag behind an optimiser step or an edit.
+        """
+        for src, dst in self._links:
+            for name, p in src._parameters.items():
+                override = self._overrides.get((id(dst), name))
+                wanted = p if override is None else override
+                if dst._parameters.get(name) is not wanted:
+                    dst._parameters[name] = wanted
+            for name, b in src._buffers.items():
+                if dst._buffers.get(name) is not b:
+                    dst._buffers[name] = b
+        for attn in self._fused:
+            # On the meta device the fresh nn.Linear of the split cost nothing; their weights are then the real slices.
+            with torch.no_grad(), torch.device("meta"):
+                parts = attn.split_qkv_matrix(attn.original_component)
+            for own, new in zip((attn.q, attn.k, attn.v), parts, strict=True):
+                linear = own.original_component
+                linear.weight = nn.Parameter(new.weight.detach(), requires_grad=False)
+                if new.bias is not None:
+                    linear.bias = nn.Parameter(new.bias.detach(), requires_grad=False)
+
+    def parameter(self, key: str) -> nn.Parameter:
+        """A parameter by its Hugging Face name, as the runner sees it."""
+        module, name = self._owner(key)
+        p = module._parameters[name]
+        if p is None:
+            raise InputError(f"the model has no parameter {key}")
+        return p
+
+    def _owner(self, key: str) -> tuple[nn.Module, str]:
+        path, _, name = key.rpartition(".")
+        source = self.source.get_submodule(path)
+        return next(dst for src, dst in self._links if src is source), name
+
+    def override(self, key: str, value: Tensor | None) -> None:
+        """Let the runner use another tensor for a parameter (everywhere it is tied), or the source's again."""
+        wanted = self.source.get_parameter(key)
+        replacement = None if value is None else nn.Parameter(value, requires_grad=False)
+        for src, dst in self._links:
+            for name, p in src._parameters.items():
+                if p is wanted:
+                    if replacement is None:
+                        self._overrides.pop((id(dst), name), None)
+                    else:
+                        self._overrides[id(dst), name] = replacement
+
+    @contextmanager
+    def skipping(self, layers: int) -> Iterator[None]:
+        """Let the first blocks pass the stream through uncomputed."""
+        blocks = list(self.bridge.blocks)[:layers]
+        try:
+            for block in blocks:
+                # An instance attribute shadows the method; hooks of the module do not run then either.
+                block.__dict__["forward"] = _pass_through
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def hook_point(self, component: str, layer: int | None) -> Any:
+        """The TransformerLens hook point of an activation.
+
+        Raises:
+            InputError: this architecture has no such activation, or none that TransformerLens can name.
+        """
+        key = (component, layer)
+        if key not in self._points:
+            name = "hook_embed" if component == "embed" else f"blocks.{layer}.{_NAMES[component]}"
+            point = self.bridge.hook_dict.get(name)
+            if point is None:
+                why = "its blocks are parallel" if component == "resid_mid" and self.shape.parallel else "TransformerLens gives none"
+                raise InputError(f"{self.shape.architecture} has no {component} ({why})")
+            self._points[key] = point
+        return self._points[key]
+
+    def check(self, site: Site) -> Site:
+        """The site, if this model has it.
+
+        Raises:
+            InputError: layer or head out of range (the range is named).
+        """
+        s = self.shape
+        if site.layer is not None and not site.layer < s.n_layers:
+            raise InputError(f"{site}: layer {site.layer} is out of range; the model has layers 0 to {s.n_layers - 1}")
+        heads = s.n_kv_heads if site.component in ("k", "v") else s.n_heads
+        if site.head is not None and not site.head < heads:
+            kind = "key/value heads" if site.component in ("k", "v") else "heads"
+            raise InputError(f"{site}: head {site.head} is out of range; the model has {kind} 0 to {heads - 1}")
+        return site
+
+
+def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
