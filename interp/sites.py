@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from interp.errors import InputError
+
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 """The residual stream entering a block, between attention and MLP, and leaving a block."""
 
@@ -35,8 +37,13 @@ _GROUP_NAME = re.compile(r"[A-Za-z_]\w*")
 
 def _position(text: str) -> str | int:
     if not _POSITION.fullmatch(text):
-        raise ValueError(f"position {text!r} is neither a name such as END nor an integer")
+        raise InputError(f"position {text!r} is neither a name such as END nor an integer")
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _checked_position(position: str | int | None) -> str | int | None:
+    """A position as its text form reads back: "4" is 4."""
+    return _position(str(position)) if position is not None else None
 
 
 @dataclass(frozen=True)
@@ -65,20 +72,22 @@ class Site:
     def __post_init__(self) -> None:
         """Refuse combinations that name nothing."""
         if (self.rank is not None) != (self.component == "svd"):
-            raise ValueError("a site with a rank has the component 'svd', and only such a site")
+            raise InputError("a site with a rank has the component 'svd', and only such a site")
         if self.rank is not None and (self.layer is None or self.head is None):
-            raise ValueError("an SVD component needs a layer and a head, as in L8H10.1")
+            raise InputError("an SVD component needs a layer and a head, as in L8H10.1")
         if self.component != "svd" and self.component not in COMPONENTS:
-            raise ValueError(f"unknown component {self.component!r}; known: {', '.join(COMPONENTS)}")
+            raise InputError(f"unknown component {self.component!r}; known: {', '.join(COMPONENTS)}")
         if (self.layer is None) != (self.component in _GLOBAL):
             which = "takes no layer" if self.component in _GLOBAL else "needs a layer, as in L0." + self.component
-            raise ValueError(f"{self.component} {which}")
+            raise InputError(f"{self.component} {which}")
         if self.head is not None and self.component not in (*PER_HEAD, *HEAD_WEIGHTS, "svd"):
-            raise ValueError(f"{self.component} has no heads; a head fits {', '.join((*PER_HEAD, *HEAD_WEIGHTS))}")
-        if isinstance(self.position, str):
-            _position(self.position)
+            raise InputError(f"{self.component} has no heads; a head fits {', '.join((*PER_HEAD, *HEAD_WEIGHTS))}")
+        for what in ("layer", "head", "rank"):
+            if (n := getattr(self, what)) is not None and n < 0:
+                raise InputError(f"{what} {n} of a site is negative; {what}s count from 0")
+        object.__setattr__(self, "position", _checked_position(self.position))
         if self.position is not None and self.is_weight:
-            raise ValueError(f"{self.component} is a weight and has no position")
+            raise InputError(f"{self.component} is a weight and has no position")
 
     @property
     def is_weight(self) -> bool:
@@ -106,13 +115,13 @@ class Site:
         """Read a text form.
 
         Raises:
-            ValueError: the text names no site; the message shows the forms.
+            InputError: the text names no site; the message shows the forms.
         """
         if isinstance(text, Site):
             return text
         match = _SITE.fullmatch(text.strip())
         if not match or not (match["component"] or match["rank"]) or (match["component"] and match["rank"]):
-            raise ValueError(f"{text!r} is not a site; write L3.resid_post, L9H6.z@END, L2H1.W_O, W_U or L8H10.1")
+            raise InputError(f"{text!r} is not a site; write L3.resid_post, L9H6.z@END, L2H1.W_O, W_U or L8H10.1")
         number = {k: int(match[k]) if match[k] else None for k in ("layer", "head", "rank")}
         position = _position(match["position"]) if match["position"] else None
         return cls(match["component"] or "svd", number["layer"], number["head"], position, number["rank"])
@@ -129,11 +138,14 @@ class HeadGroup:
     def __post_init__(self) -> None:
         """Refuse an empty group and a repeated head."""
         if not self.heads:
-            raise ValueError("a group of heads needs at least one head, as in L9H6")
+            raise InputError("a group of heads needs at least one head, as in L9H6")
+        if any(n < 0 for head in self.heads for n in head):
+            raise InputError(f"a negative layer or head in {self.heads}; they count from 0")
+        object.__setattr__(self, "position", _checked_position(self.position))
         if len(set(self.heads)) != len(self.heads):
-            raise ValueError(f"a head appears twice in {self}")
+            raise InputError(f"a head appears twice in {self}")
         if self.name is not None and not _GROUP_NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is not a name for a group of heads; use letters, digits and _")
+            raise InputError(f"{self.name!r} is not a name for a group of heads; use letters, digits and _")
 
     def __str__(self) -> str:
         """The text form: ``movers=L9H6,L9H9@END``."""
@@ -147,6 +159,11 @@ class Heads:
     """Groups of attention heads, each at a position: ``movers=L9H6,L9H9@END; L7H3@S2``."""
 
     groups: tuple[HeadGroup, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse no groups at all."""
+        if not self.groups:
+            raise InputError("no heads were given; write L9H6,L9H9@END; L7H3@S2")
 
     @classmethod
     def of(cls, heads: Iterable[tuple[int, int]], position: str | int | None = None, name: str | None = None) -> Heads:
@@ -174,7 +191,7 @@ class Heads:
         """Read a text form.
 
         Raises:
-            ValueError: the text names no heads; the message shows the forms.
+            InputError: the text names no heads; the message shows the forms.
         """
         if isinstance(text, Heads):
             return text
@@ -182,7 +199,7 @@ class Heads:
         for part in (p.strip() for p in text.split(";")):
             match = re.fullmatch(r"(?:(?P<name>\w+)=)?(?P<heads>L\d+H\d+(?:\s*,\s*L\d+H\d+)*)(?:@(?P<position>\S+))?", part)
             if not match:
-                raise ValueError(f"{part!r} names no heads; write L9H6,L9H9@END; L7H3@S2 or movers=L9H6@END")
+                raise InputError(f"{part!r} names no heads; write L9H6,L9H9@END; L7H3@S2 or movers=L9H6@END")
             heads = tuple((int(a), int(b)) for a, b in re.findall(r"L(\d+)H(\d+)", match["heads"]))
             groups.append(HeadGroup(heads, _position(match["position"]) if match["position"] else None, match["name"]))
         return cls(tuple(groups))

@@ -141,7 +141,7 @@ def test_capture_equals_hand_written_hooks(both):
             got = model.capture(batch(), site)[site]
             for i, row in enumerate(ROWS):
                 seen = []
-                plain_run(plain, row, [(module, side, lambda x: seen.append(x.clone()) or x)])
+                plain_run(plain, row, [(module, side, lambda x, seen=seen: seen.append(x.clone()) or x)])
                 want = seen[0][0].reshape(len(row), *got.shape[2:])
                 assert (got[i, : len(row)] - want).abs().max() <= 1e-12, site
                 assert not got[i, len(row) :].any()
@@ -175,7 +175,7 @@ def test_patches_equal_hand_written_hooks(both, at):
         assert ledger.entries[0].fired == 1
         for i, row in enumerate(ROWS):
 
-            def put(x, i=i, row=row):
+            def put(x, i=i, row=row, value=value):
                 x = x.clone()
                 where = slice(None) if at is None else batch().at(at)[i][0]
                 x[0, where] = (value[i, : len(row)] if at is None else value[i]).reshape(x[0, where].shape)
@@ -236,7 +236,20 @@ def test_gradients_are_finite_differences(both):
     def loss(logits):
         return (torch.tanh(logits) * weights * batch().mask[..., None]).sum()
 
-    names = ["embed", "L1.resid_pre", "L1.resid_post", "L1.attn_out", "L1.mlp_out", "L1.q", "L1H1.k", "L1.v", "L1H3.z@END", "L1.pattern", "L1.mlp_post", "L0.z@mid"]
+    names = [
+        "embed",
+        "L1.resid_pre",
+        "L1.resid_post",
+        "L1.attn_out",
+        "L1.mlp_out",
+        "L1.q",
+        "L1H1.k",
+        "L1.v",
+        "L1H3.z@END",
+        "L1.pattern",
+        "L1.mlp_post",
+        "L0.z@mid",
+    ]
     if kind != "neox":
         names.append("L1.resid_mid")
     sites = [Site.parse(n) for n in names]
@@ -285,7 +298,9 @@ def test_generation_is_hugging_faces(kind):
     first = got[0][2]
     assert model.generate([ROWS[0]], 6, stop=[first]) == [got[0][: got[0].index(first)]]
     one = model.generate(batch(), 5, temperature=1.0, seed=4, stop=())
-    assert one == model.generate(batch(), 5, temperature=1.0, seed=4, stop=()) != model.generate(batch(), 5, temperature=1.0, seed=5, stop=())
+    assert (
+        one == model.generate(batch(), 5, temperature=1.0, seed=4, stop=()) != model.generate(batch(), 5, temperature=1.0, seed=5, stop=())
+    )
 
 
 def test_edits_in_generation_at_prompt_new_and_all(both):
@@ -321,7 +336,14 @@ WEIGHTS = ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate", "b_Q", "b_O", 
 def test_weight_edits_change_every_weight_they_name_and_nothing_else(both):
     kind, plain, model = both
     clean = model.logits(batch())
-    names = [Site(w, 1) for w in WEIGHTS] + [Site("W_Q", 2, 3), Site("W_K", 2, 2), Site("W_O", 0, 1), Site("W_E"), Site("W_U"), Site("ln_final")]
+    names = [Site(w, 1) for w in WEIGHTS] + [
+        Site("W_Q", 2, 3),
+        Site("W_K", 2, 2),
+        Site("W_O", 0, 1),
+        Site("W_E"),
+        Site("W_U"),
+        Site("ln_final"),
+    ]
     done = 0
     before = {k: v.clone() for k, v in plain.state_dict().items()}
     for site in names:
@@ -357,8 +379,23 @@ class HookedModelState(dict):
 
 def test_edits_nest_and_add(both):
     _, _, model = both
-    a = Edit((WeightChange(Site("W_V", 1), torch.randn(24, 1, dtype=torch.float64), torch.randn(1, model.weight("L1.W_V").shape[1], dtype=torch.float64)),), "a")
-    b = Edit((WeightChange(Site("W_V", 1, 0), torch.randn(24, model.shape.d_head, dtype=torch.float64)), ActivationChange(Site("mlp_out", 0), "scale", torch.tensor(0.5))), "b")
+    a = Edit(
+        (
+            WeightChange(
+                Site("W_V", 1),
+                torch.randn(24, 1, dtype=torch.float64),
+                torch.randn(1, model.weight("L1.W_V").shape[1], dtype=torch.float64),
+            ),
+        ),
+        "a",
+    )
+    b = Edit(
+        (
+            WeightChange(Site("W_V", 1, 0), torch.randn(24, model.shape.d_head, dtype=torch.float64)),
+            ActivationChange(Site("mlp_out", 0), "scale", torch.tensor(0.5)),
+        ),
+        "b",
+    )
     clean = model.logits(batch())
     with model.edited(a), model.edited(b):
         nested = model.logits(batch())
@@ -389,7 +426,9 @@ def test_nothing_is_left_behind(both):
     clean = model.logits(batch())
     state = {k: v.clone() for k, v in plain.state_dict().items()}
     draws = random.Random(0)
-    edit = [Edit((WeightChange(Site("W_O", i), torch.ones(32 if model.shape.d_head == 8 else 24, 24, dtype=torch.float64)),)) for i in range(3)]
+    edit = [
+        Edit((WeightChange(Site("W_O", i), torch.ones(32 if model.shape.d_head == 8 else 24, 24, dtype=torch.float64)),)) for i in range(3)
+    ]
 
     def contexts():
         if draws.random() < 0.5:

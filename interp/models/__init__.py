@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Capture", "HookedModel", "Ledger", "ModelPair", "Shape"]
 
-_HOME = {"Batch": "batch", "Capture": "capture", "HookedModel": "hooked", "Ledger": "interventions", "ModelPair": "pair", "Shape": "checkpoint"}
+_HOME = {
+    "Batch": "batch",
+    "Capture": "capture",
+    "HookedModel": "hooked",
+    "Ledger": "interventions",
+    "ModelPair": "pair",
+    "Shape": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from types import MappingProxyType
 
 import torch
@@ -35,11 +36,15 @@ class Batch:
         """Check the layout and add END."""
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
             raise InputError(f"ids and mask of a batch are [prompt, pos] alike; got {tuple(self.ids.shape)} and {tuple(self.mask.shape)}")
+        if self.mask.dtype != torch.bool:
+            raise InputError(f"the mask of a batch is True on real tokens; got {str(self.mask.dtype).removeprefix('torch.')}, which Batch.of_tensor reads")
         lengths = self.mask.sum(1)
         if self.ids.shape[0] == 0 or int(lengths.min()) == 0:
             raise InputError("a batch needs at least one prompt, and every prompt at least one token")
         if not torch.equal(self.mask, torch.arange(self.ids.shape[1], device=self.ids.device)[None] < lengths[:, None]):
-            raise InputError("a batch is padded on the right; make it with Batch.of(rows) or model.batch(...), which also takes left-padded rows")
+            raise InputError(
+                "a batch is padded on the right; make it with Batch.of(rows) or model.batch(...), which also takes left-padded rows"
+            )
         places = {name: tuple(tuple(int(i) for i in p) for p in per_prompt) for name, per_prompt in self.positions.items()}
         for name, per_prompt in places.items():
             if len(per_prompt) != len(self):
@@ -51,8 +56,18 @@ class Batch:
         object.__setattr__(self, "positions", MappingProxyType(places))
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], positions: Positions | None = None, pad_id: int = 0, device: str | torch.device | None = None) -> Batch:
-        """A batch from lists of token ids of any lengths."""
+    def of(
+        cls, rows: Sequence[Sequence[int]], positions: Positions | None = None, pad_id: int = 0, device: str | torch.device | None = None
+    ) -> Batch:
+        """A batch from lists of token ids of any lengths.
+
+        Raises:
+            InputError: no prompts, an empty one, or what is no list of integers.
+        """
+        try:
+            rows = [[index(token) for token in row] for row in rows]
+        except TypeError as e:
+            raise InputError(f"prompts are lists of token ids, such as [[3, 9], [4]]; got {str(rows)[:60]}") from e
         if not rows or any(len(row) == 0 for row in rows):
             empty = next((i for i, row in enumerate(rows) if len(row) == 0), None)
             raise InputError("no prompts were given" if empty is None else f"prompt {empty} is empty: it has no tokens")
@@ -65,13 +80,28 @@ class Batch:
     def of_tensor(cls, ids: Tensor, mask: Tensor | None = None, *, unpadded: bool = False) -> Batch:
         """A batch from a tensor of ids, padded on either side.
 
+        Args:
+            ids: [prompt, pos], or [pos] for one prompt.
+            mask: of the same shape; 1 on real tokens, 0 on padding.
+            unpadded: say that every token is real.
+
         Raises:
-            InputError: neither a mask nor ``unpadded=True`` says which tokens are real.
+            InputError: neither a mask nor ``unpadded=True`` says which tokens are real, or the mask is none of ones and zeros
+                with every prompt in one piece.
         """
         if mask is None and not unpadded:
             raise InputError("a tensor of token ids needs its attention mask, or unpadded=True if no row is padded")
+        if ids.is_floating_point() or ids.ndim not in (1, 2) or (mask is not None and mask.shape != ids.shape):
+            came = f"{tuple(ids.shape)} {ids.dtype}" + ("" if mask is None else f" and a mask {tuple(mask.shape)}")
+            raise InputError(f"token ids are integers [prompt, pos] with a mask of the same shape; got {came}")
         ids = ids[None] if ids.ndim == 1 else ids
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().reshape(ids.shape)
+        if mask is not None and not torch.equal(keep.to(mask.dtype).reshape(mask.shape), mask):
+            raise InputError("an attention mask is 1 on real tokens and 0 on padding; this one has other numbers (an additive mask?)")
+        # A hole would be closed up, and what follows it would get other positions than in the caller's model.
+        begins = keep.to(torch.int8).diff(dim=1, prepend=torch.zeros_like(keep[:, :1], dtype=torch.int8)) == 1
+        if bool((begins.sum(1) > 1).any()):
+            raise InputError("an attention mask has padding between real tokens of a prompt; only padding before or behind them is understood")
         return cls.of([row[k].tolist() for row, k in zip(ids, keep, strict=True)], device=ids.device)
 
     def __len__(self) -> int:
@@ -79,7 +109,7 @@ class Batch:
         return self.ids.shape[0]
 
     @property
-    def lengths(self) -> Int[Tensor, "prompt"]:
+    def lengths(self) -> Int[Tensor, " prompt"]:
         """Tokens per prompt."""
         return self.mask.sum(1)
 
@@ -114,7 +144,7 @@ class Batch:
             found.append((position % n,))
         return found
 
-    def index(self, position: str | int) -> Int[Tensor, "prompt"]:
+    def index(self, position: str | int) -> Int[Tensor, " prompt"]:
         """The one token index a position names in each prompt.
 
         Raises:
@@ -133,6 +163,8 @@ class Batch:
     def select(self, rows: Sequence[int]) -> Batch:
         """Some prompts, padded to their own longest."""
         rows = list(rows)
+        if not rows:
+            raise InputError(f"no prompts were selected; the batch has {len(self)}")
         ids, mask = self.ids[rows], self.mask[rows]
         width = int(mask.sum(1).max())
         return Batch(ids[:, :width], mask[:, :width], {k: tuple(v[r] for r in rows) for k, v in self.positions.items()})

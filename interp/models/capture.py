@@ -22,13 +22,13 @@ from interp.progress import progress
 from interp.sites import Site
 
 if TYPE_CHECKING:
-    from interp.models.hooked import HookedModel
+    from interp.models.running import Running
 
 SHARD_BYTES = 2**26
 """A shard is closed when it reaches this size."""
 
 
-def capture_bytes(model: HookedModel, batch: Batch, sites: Sequence[Site], dtype: torch.dtype | None = None) -> int:
+def capture_bytes(model: Running, batch: Batch, sites: Sequence[Site], dtype: torch.dtype | None = None) -> int:
     """Bytes a capture takes, known beforehand: real tokens only, or one entry per prompt for sites with a position."""
     s = model.shape
     width = {
@@ -78,9 +78,17 @@ class Capture:
         body = _read_index(path)
         if body is None:
             raise InputError(f"{path} holds no capture: index.json is expected")
-        found = cls(path, tuple(map(Site.parse, body["sites"])), tuple(body["lengths"]), tuple((f, a, b) for f, a, b in body["shards"]), body["identity"])
+        found = cls(
+            path,
+            tuple(map(Site.parse, body["sites"])),
+            tuple(body["lengths"]),
+            tuple((f, a, b) for f, a, b in body["shards"]),
+            body["identity"],
+        )
         if not found.complete:
-            raise InputError(f"the capture {path} was interrupted at prompt {found.shards[-1][2] if found.shards else 0} of {len(found.lengths)}; capture again to the same folder to go on")
+            raise InputError(
+                f"the capture {path} was interrupted at prompt {found.shards[-1][2] if found.shards else 0} of {len(found.lengths)}; capture again to the same folder to go on"
+            )
         return found
 
     @property
@@ -136,7 +144,7 @@ def _write_index(path: Path, body: dict[str, Any]) -> None:
     os.replace(draft, path / "index.json")
 
 
-def capture_to(model: HookedModel, batch: Batch, sites: list[Site], folder: Path, dtype: torch.dtype | None) -> Capture:
+def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dtype: torch.dtype | None) -> Capture:
     """Stream activations to a folder; goes on after the whole shards of an interrupted run.
 
     Raises:
@@ -147,7 +155,16 @@ def capture_to(model: HookedModel, batch: Batch, sites: list[Site], folder: Path
             raise InputError(f"{site} has a row of its own length per prompt and is not streamed to disk; capture patterns in memory")
     need = capture_bytes(model, batch, sites, dtype)
     identity = hashlib.sha256(
-        json.dumps([model.fingerprint, model.active_edits, batch.rows(), {k: batch.positions[k] for k in sorted(batch.positions)}, list(map(str, sites)), str(dtype or model.dtype)]).encode()
+        json.dumps(
+            [
+                model.fingerprint,
+                model.active_edits,
+                batch.rows(),
+                {k: batch.positions[k] for k in sorted(batch.positions)},
+                list(map(str, sites)),
+                str(dtype or model.dtype),
+            ]
+        ).encode()
     ).hexdigest()
     body = _read_index(folder)
     if body is not None and body["identity"] != identity:
@@ -162,7 +179,9 @@ def capture_to(model: HookedModel, batch: Batch, sites: list[Site], folder: Path
     import shutil
 
     if need > (free := shutil.disk_usage(folder).free):
-        raise InputError(f"the capture takes {need / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; capture fewer sites, or as dtype=torch.float16")
+        raise InputError(
+            f"the capture takes {need / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; capture fewer sites, or as dtype=torch.float16"
+        )
     start = body["shards"][-1][2] if body["shards"] else 0
     chunks = _chunks(model, batch, start, need / max(1, int(batch.lengths.sum())))
     for first, end in progress(chunks, f"capture {need / 2**20:.0f} MiB", total=len(chunks), unit="shard"):
@@ -175,7 +194,7 @@ def capture_to(model: HookedModel, batch: Batch, sites: list[Site], folder: Path
     return Capture.open(folder)
 
 
-def _chunks(model: HookedModel, batch: Batch, start: int, bytes_per_token: float) -> list[tuple[int, int]]:
+def _chunks(model: Running, batch: Batch, start: int, bytes_per_token: float) -> list[tuple[int, int]]:
     """Prompts per shard."""
     found, first, size = [], start, 0.0
     lengths = batch.lengths.tolist()
@@ -187,7 +206,7 @@ def _chunks(model: HookedModel, batch: Batch, start: int, bytes_per_token: float
     return found
 
 
-def _shard(model: HookedModel, batch: Batch, first: int, end: int, sites: list[Site], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _shard(model: Running, batch: Batch, first: int, end: int, sites: list[Site], dtype: torch.dtype | None) -> dict[str, Tensor]:
     some = batch.select(range(first, end))
     lengths = some.lengths.tolist()
     starts = [sum(lengths[:i]) for i in range(len(lengths))]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from interp.models.checkpoint import Shape
     from interp.models.pair import ModelPair
 
+AT_FLOOR = 1.5
+"""A change up to so many times the expected rounding error is at the floor; two independent roundings give 1.41."""
+
 _VOCABULARY = ("W_E", "W_U", "b_U")
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
@@ -105,7 +108,7 @@ def changes(pair: ModelPair, *, desc: str = "weights", only: frozenset[str] | No
         only: names of changes to read; the others' tensors stay unread. None: all.
 
     Raises:
-        InputError: matched tensors have different shapes, or are not floating-point numbers (a quantised checkpoint).
+        InputError: matched tensors have different shapes, NaN or infinite entries, or no floating-point numbers (quantised).
     """
     shape = pair.shape
     base, adapter = pair.base.weights(), adapter_of(pair)
@@ -151,6 +154,9 @@ def _read(source: TensorSource, name: str, shape: Shape) -> tuple[Tensor, torch.
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{name} is stored as {kind}, expected floating-point weights; give the checkpoint before quantisation")
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{bad} of {tensor.numel()} entries of {name} are NaN or infinite, expected finite weights")
     return tensor.float(), tensor.dtype
 
 

@@ -13,16 +13,20 @@ from interp.models.batch import Batch
 from interp.models.interventions import Part
 
 if TYPE_CHECKING:
-    from interp.models.hooked import HookedModel
+    from interp.models.running import Running
 
 
-def generate(model: HookedModel, batch: Batch, max_new_tokens: int, temperature: float, seed: int, stop: Sequence[int] | None) -> list[list[int]]:
+def generate(
+    model: Running, batch: Batch, max_new_tokens: int, temperature: float, seed: int, stop: Sequence[int] | None
+) -> list[list[int]]:
     """See ``HookedModel.generate``."""
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"generate needs max_new_tokens >= 1 and temperature >= 0; got {max_new_tokens} and {temperature}")
     longest = int(batch.lengths.max()) + max_new_tokens
     if longest > model.shape.n_ctx:
-        raise InputError(f"the longest prompt and {max_new_tokens} new tokens make {longest}; {model.name} takes at most {model.shape.n_ctx}")
+        raise InputError(
+            f"the longest prompt and {max_new_tokens} new tokens make {longest}; {model.name} takes at most {model.shape.n_ctx}"
+        )
     ends = set(_end_tokens(model) if stop is None else stop)
     answers: list[list[int]] = [[] for _ in range(len(batch))]
     lengths = batch.lengths.tolist()
@@ -33,7 +37,9 @@ def generate(model: HookedModel, batch: Batch, max_new_tokens: int, temperature:
         at = 0
         while at < len(rows):
             some = rows[at : at + model._budget.rows((n + max_new_tokens) * per_token)]
-            done, got = model._budget.attempt(lambda some=some: _group(model, batch, some, max_new_tokens, temperature, seed, ends), len(some))
+            done, got = model._budget.attempt(
+                lambda some=some: _group(model, batch, some, max_new_tokens, temperature, seed, ends), len(some)
+            )
             if done and got is not None:
                 for row, ids in zip(some, got, strict=True):
                     answers[row] = ids
@@ -41,7 +47,7 @@ def generate(model: HookedModel, batch: Batch, max_new_tokens: int, temperature:
     return answers
 
 
-def _end_tokens(model: HookedModel) -> list[int]:
+def _end_tokens(model: Running) -> list[int]:
     """End-of-sequence ids of the generation config, the config, or none."""
     source = model.wrapped.source
     for config in (getattr(source, "generation_config", None), source.config):
@@ -52,7 +58,7 @@ def _end_tokens(model: HookedModel) -> list[int]:
 
 
 def _group(
-    model: HookedModel, batch: Batch, rows: list[int], max_new_tokens: int, temperature: float, seed: int, ends: set[int]
+    model: Running, batch: Batch, rows: list[int], max_new_tokens: int, temperature: float, seed: int, ends: set[int]
 ) -> list[list[int]]:
     from transformers import DynamicCache
 

@@ -110,7 +110,9 @@ def locate(site: Site, part: Part, x: Tensor) -> tuple[Any, ...]:
     else:
         places = part.batch.at(site.position)
         if len({len(p) for p in places}) != 1:
-            raise InputError(f"position {site.position!r} names different numbers of tokens in different prompts; patch them one number at a time")
+            raise InputError(
+                f"position {site.position!r} names different numbers of tokens in different prompts; patch them one number at a time"
+            )
         where = torch.tensor(places, device=x.device)
         rows = torch.arange(len(places), device=x.device)[:, None]
         if where.shape[1] == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import InputError
+from interp.models import weights
+from interp.models.adapters import read_adapter
 from interp.models.checkpoint import Checkpoint
 from interp.models.wrap import structure_copy
 
@@ -99,10 +102,14 @@ def load_hf(
             shape than the config says, or is not finite.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
 
     extra: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
+    bars = hf_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype=dtype or stored_dtype(checkpoint),
             attn_implementation="eager",
@@ -114,6 +121,10 @@ def load_hf(
         )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         raise InputError(f"{checkpoint.name} cannot be loaded: {' '.join(str(e).split())}") from e
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    model, info = loaded
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if missing := sorted(k for k in info.get("missing_keys", ()) if k not in tied):
         raise InputError(f"{checkpoint.name} lacks {len(missing)} of the tensors its config asks for, such as {missing[0]}")
@@ -152,6 +163,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     merged: Any = structure_copy(model)
+    folder = folder.expanduser()
+    _own_parameters(merged, read_adapter(folder).replaced.keys())
     try:
         wrapped: Any = PeftModel.from_pretrained(merged, str(folder), is_trainable=False)
     except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:
@@ -160,7 +173,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
         if isinstance(module, BaseTunerLayer):
             base: Any = module.get_base_layer()
             # A tensor of its own: merging writes in place, and the base shares this one.
-            base.weight = nn.Parameter(base.weight.detach().float().clone(), requires_grad=False)
+            wide = torch.promote_types(base.weight.dtype, torch.float32)
+            base.weight = nn.Parameter(base.weight.detach().to(wide, copy=True), requires_grad=False)
     merged = wrapped.merge_and_unload()
     first = next(model.parameters()).dtype
     target = dtype or (torch.float32 if first in HALF else first)
@@ -170,6 +184,20 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
             if p is not None and p.dtype != target:  # a new parameter: the old one may be the base's own
                 module._parameters[name] = cast.setdefault(id(p), nn.Parameter(p.detach().to(target), requires_grad=False))
     return merged.eval()
+
+
+def _own_parameters(model: nn.Module, replaced: Collection[str]) -> None:
+    """Give a structure copy parameter objects of its own on the shared memory, and own memory to those an adapter replaces.
+
+    PEFT switches gradients off on every parameter it finds and loads trained biases in place; both would reach the base.
+    """
+    own: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                whole = weights.bare(f"{path}.{name}") in replaced
+                fresh = nn.Parameter(p.detach().clone() if whole else p.detach(), requires_grad=False)
+                module._parameters[name] = own.setdefault(id(p), fresh)
 
 
 def memory_fingerprint(model: nn.Module) -> str:

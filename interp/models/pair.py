@@ -114,10 +114,12 @@ class ModelPair:
 
     def sides(self) -> Iterator[tuple[Literal["base", "tuned"], HookedModel]]:
         """Both models, base first; loading one at a time, each lets go of its weights before the next loads."""
-        for side, model, other in (("base", self.base, self.tuned), ("tuned", self.tuned, self.base)):
-            if self.one_at_a_time:
-                other.release()
-            yield side, model
+        if self.one_at_a_time:
+            self.tuned.release()
+        yield "base", self.base
+        if self.one_at_a_time:
+            self.base.release()
+        yield "tuned", self.tuned
 
     @property
     def name(self) -> str:
@@ -206,7 +208,9 @@ def _differences(base: HookedModel, tuned: HookedModel) -> list[str]:
     """Allowed differences worth knowing."""
     notes = []
     if base.dtype != tuned.dtype:
-        notes.append(f"base is {str(base.dtype).removeprefix('torch.')} and tuned {str(tuned.dtype).removeprefix('torch.')}; differences below rounding of the coarser are noise")
+        notes.append(
+            f"base is {str(base.dtype).removeprefix('torch.')} and tuned {str(tuned.dtype).removeprefix('torch.')}; differences below rounding of the coarser are noise"
+        )
     if base.shape.tied != tuned.shape.tied:
         notes.append(f"the unembedding is tied to the embedding in {'base' if base.shape.tied else 'tuned'} only")
     ropes = [_rope(m) for m in (base, tuned)]

@@ -83,7 +83,9 @@ def _check(model: HookedModel, component: str) -> str | None:
     batch = probe_batch(model)
     n, p = batch.ids.shape
     heads = s.n_kv_heads if component in ("k", "v") else s.n_heads
-    want = {"pattern": (n, heads, p, p), "mlp_post": (n, p, s.d_mlp)}.get(component, (n, p, heads, s.d_head) if site.per_head else (n, p, s.d_model))
+    want = {"pattern": (n, heads, p, p), "mlp_post": (n, p, s.d_mlp)}.get(
+        component, (n, p, heads, s.d_head) if site.per_head else (n, p, s.d_model)
+    )
     try:
         x = model.capture(batch, site)[site]
     except (InputError, KeyError) as e:
@@ -131,7 +133,8 @@ def assert_faithful(model: HookedModel) -> None:
     difference, tolerance = logit_difference(model)
     if not difference <= tolerance:
         raise InputError(
-            f"{model.name}: logits through TransformerLens differ from plain Hugging Face by {difference:.3g} (at most {tolerance:.3g} is rounding); "
+            f"{model.name}: logits through TransformerLens differ from plain Hugging Face by {difference:.3g} "
+            f"(at most {tolerance:.3g} is rounding); "
             f"this {model.shape.architecture} cannot be analysed faithfully"
         )
     if memory is not None:

@@ -73,8 +73,8 @@ class Wrapped:
 
         if any("_original_component" in name for name, _ in source.named_modules()):
             raise InputError("this model is already wrapped by TransformerLens; give the plain Hugging Face model")
-        self.source = source
-        self.shape: Shape = read_shape(source.config)
+        self.source: Any = source
+        self.shape: Shape = read_shape(self.source.config)
         self.runner: Any = structure_copy(source).eval()
         self.runner.set_attn_implementation("eager")
         self._modules = [(a, dict(a._modules)) for a in source.modules()]
