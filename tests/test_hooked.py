@@ -286,6 +286,28 @@ def test_run_on_restarts_at_any_layer(both):
         model.run_on(4, last, batch())
 
 
+def test_values_of_other_prompts_are_refused(both):
+    _, _, model = both
+    for shape in ((3, 7, 24), (4, 8, 24), (4, 6, 24)):
+        with pytest.raises(InputError, match="does not fit"), model.patched({"L1.resid_post": torch.zeros(shape)}):
+            model.logits(batch())
+
+
+def test_patches_hold_on_the_prompt_while_generating(both):
+    _, _, model = both
+    value = torch.randn(4, 24, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 3
+    with model.patched({"L1.resid_post@END": value}):
+        got = model.generate(batch(), 3, stop=())
+    for i, row in enumerate(ROWS):
+        ids = list(row)
+        for _ in range(3):
+            one = Batch.of([ids], {"last": ((len(row) - 1,),)})
+            with model.patched({"L1.resid_post@last": value[i]}):
+                ids.append(int(model.logits(one, at="END").argmax()))
+        assert got[i] == ids[len(row) :]
+    assert got != model.generate(batch(), 3, stop=())
+
+
 @pytest.mark.parametrize("kind", FOUR)
 def test_generation_is_hugging_faces(kind):
     plain = tiny(kind).double()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from types import MappingProxyType
 
 import torch
@@ -37,7 +37,7 @@ class Batch:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
             raise InputError(f"ids and mask of a batch are [prompt, pos] alike; got {tuple(self.ids.shape)} and {tuple(self.mask.shape)}")
         if self.mask.dtype != torch.bool:
-            raise InputError(f"the mask of a batch is True on real tokens; got {str(self.mask.dtype).removeprefix('torch.')}, which Batch.of_tensor reads")
+            raise InputError(f"the mask of a batch is boolean, not {self.mask.dtype}; Batch.of_tensor reads masks of ones and zeros")
         lengths = self.mask.sum(1)
         if self.ids.shape[0] == 0 or int(lengths.min()) == 0:
             raise InputError("a batch needs at least one prompt, and every prompt at least one token")
@@ -65,7 +65,7 @@ class Batch:
             InputError: no prompts, an empty one, or what is no list of integers.
         """
         try:
-            rows = [[index(token) for token in row] for row in rows]
+            rows = [[operator.index(token) for token in row] for row in rows]
         except TypeError as e:
             raise InputError(f"prompts are lists of token ids, such as [[3, 9], [4]]; got {str(rows)[:60]}") from e
         if not rows or any(len(row) == 0 for row in rows):
@@ -101,7 +101,9 @@ class Batch:
         # A hole would be closed up, and what follows it would get other positions than in the caller's model.
         begins = keep.to(torch.int8).diff(dim=1, prepend=torch.zeros_like(keep[:, :1], dtype=torch.int8)) == 1
         if bool((begins.sum(1) > 1).any()):
-            raise InputError("an attention mask has padding between real tokens of a prompt; only padding before or behind them is understood")
+            raise InputError(
+                "an attention mask has padding between real tokens of a prompt; only padding before or behind them is understood"
+            )
         return cls.of([row[k].tolist() for row, k in zip(ids, keep, strict=True)], device=ids.device)
 
     def __len__(self) -> int:
@@ -155,6 +157,17 @@ class Batch:
             if len(place) != 1:
                 raise InputError(f"position {position!r} names {len(place)} tokens in prompt {row}; exactly one is needed here")
         return torch.tensor([p[0] for p in places], device=self.ids.device)
+
+    def columns(self, position: str | int) -> Int[Tensor, "prompt n"]:
+        """The token indices a position names in each prompt, equally many in all.
+
+        Raises:
+            InputError: unknown, or different numbers of tokens in different prompts.
+        """
+        places = self.at(position)
+        if len(numbers := {len(p) for p in places}) != 1:
+            raise InputError(f"position {position!r} names {min(numbers)} to {max(numbers)} tokens per prompt; one number is needed here")
+        return torch.tensor(places, dtype=torch.long, device=self.ids.device)
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +87,11 @@ class Capture:
             tuple((f, a, b) for f, a, b in body["shards"]),
             body["identity"],
         )
+        if lost := [name for name, _, _ in found.shards if not (path / name).is_file()]:
+            raise InputError(f"the capture {path} lacks {lost[0]} and {len(lost) - 1} more of the files its index names")
         if not found.complete:
-            raise InputError(
-                f"the capture {path} was interrupted at prompt {found.shards[-1][2] if found.shards else 0} of {len(found.lengths)}; capture again to the same folder to go on"
-            )
+            done = f"prompt {found.shards[-1][2] if found.shards else 0} of {len(found.lengths)}"
+            raise InputError(f"the capture {path} was interrupted at {done}; capture again to the same folder to go on")
         return found
 
     @property
@@ -133,7 +136,9 @@ def _read_index(path: Path) -> dict[str, Any] | None:
         return None
     try:
         body = json.loads((path / "index.json").read_text())
-        return body if body["format"] == 1 else None
+        if body["format"] != 1 or not {"identity", "sites", "lengths", "shards"} <= body.keys():
+            raise ValueError
+        return body
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path / 'index.json'} is not the index of a capture") from e
 
@@ -150,10 +155,18 @@ def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dt
     Raises:
         InputError: the folder holds another capture, the disk is too small, or a site cannot be stored by token.
     """
+    sites = list(dict.fromkeys(sites))
     for site in sites:
         if site.component == "pattern":
             raise InputError(f"{site} has a row of its own length per prompt and is not streamed to disk; capture patterns in memory")
-    need = capture_bytes(model, batch, sites, dtype)
+        if site.is_weight or site.component == "svd":
+            raise InputError(f"{site} is not an activation; capture takes sites such as L3.resid_post or L9H6.z@END")
+        model.wrapped.hook_point(site.component, site.layer)
+        if site.position is not None:
+            batch.columns(site.position)
+    bytes_per_token = capture_bytes(model, batch, sites, dtype) / int(batch.lengths.sum())
+    # What a patch sets is not known here, so that a capture under one is equal to no other and is never gone on with.
+    patches = sum(len(actions) for _, actions in model._active) - sum(len(edit.activations) for edit in model._edits)
     identity = hashlib.sha256(
         json.dumps(
             [
@@ -162,13 +175,15 @@ def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dt
                 batch.rows(),
                 {k: batch.positions[k] for k in sorted(batch.positions)},
                 list(map(str, sites)),
-                str(dtype or model.dtype),
+                [str(model.dtype), str(dtype or model.dtype)],
+                secrets.token_hex(16) if patches else "",
             ]
         ).encode()
     ).hexdigest()
     body = _read_index(folder)
     if body is not None and body["identity"] != identity:
-        raise InputError(f"{folder} holds a capture of something else (other model, prompts, sites or dtype); choose another folder")
+        other = "other model, edits, patches, prompts, sites or dtype"
+        raise InputError(f"{folder} holds a capture of something else ({other}); choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if body is None:
@@ -176,14 +191,12 @@ def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dt
             _write_index(folder, body)
     except OSError as e:
         raise InputError(f"{folder} cannot be written: {e.strerror}") from e
-    import shutil
-
-    if need > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"the capture takes {need / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; capture fewer sites, or as dtype=torch.float16"
-        )
     start = body["shards"][-1][2] if body["shards"] else 0
-    chunks = _chunks(model, batch, start, need / max(1, int(batch.lengths.sum())))
+    need = int(bytes_per_token * int(batch.lengths[start:].sum()))
+    if need > (free := shutil.disk_usage(folder).free):
+        sizes = f"takes another {need / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free"
+        raise InputError(f"the capture {sizes}; capture fewer sites, or as dtype=torch.float16")
+    chunks = _chunks(batch, start, bytes_per_token)
     for first, end in progress(chunks, f"capture {need / 2**20:.0f} MiB", total=len(chunks), unit="shard"):
         shard = _shard(model, batch, first, end, sites, dtype)
         name = f"shard-{len(body['shards']):05d}.safetensors"
@@ -194,7 +207,7 @@ def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dt
     return Capture.open(folder)
 
 
-def _chunks(model: Running, batch: Batch, start: int, bytes_per_token: float) -> list[tuple[int, int]]:
+def _chunks(batch: Batch, start: int, bytes_per_token: float) -> list[tuple[int, int]]:
     """Prompts per shard."""
     found, first, size = [], start, 0.0
     lengths = batch.lengths.tolist()
@@ -206,6 +219,20 @@ def _chunks(model: Running, batch: Batch, start: int, bytes_per_token: float) ->
     return found
 
 
+def narrowed(x: Tensor, dtype: torch.dtype | None, site: Site) -> Tensor:
+    """The activations at a site in the dtype they are kept in.
+
+    Raises:
+        InputError: some are too large for it and would become infinite.
+    """
+    kept = x if dtype is None else x.to(dtype)
+    if kept.dtype != x.dtype and bool((kept.isinf() & x.isfinite()).any()):
+        largest = float(x[x.isfinite()].abs().max())
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"{site} has activations up to {largest:.4g}, too large for {name}; keep them as bfloat16 or float32")
+    return kept
+
+
 def _shard(model: Running, batch: Batch, first: int, end: int, sites: list[Site], dtype: torch.dtype | None) -> dict[str, Tensor]:
     some = batch.select(range(first, end))
     lengths = some.lengths.tolist()
@@ -214,11 +241,11 @@ def _shard(model: Running, batch: Batch, first: int, end: int, sites: list[Site]
 
     def run(part: Part) -> dict[Site, Tensor]:
         # Interventions see the rows of the whole batch.
-        return model.read(Part(part.batch, part.rows + first, len(batch)), sites)
+        return model.read(replace(part, rows=part.rows + first, total=len(batch), width=batch.ids.shape[1]), sites)
 
     for part, got in model.each(some, model._bytes_per_token(), run):
         for site, x in got.items():
-            kept = x.to("cpu", dtype or x.dtype)
+            kept = narrowed(x, dtype, site).cpu()
             if site.position is not None:
                 target = out.setdefault(str(site), kept.new_zeros((len(lengths), *kept.shape[1:])))
                 target[part.rows] = kept

@@ -120,9 +120,9 @@ def changes(pair: ModelPair, *, desc: str = "weights", only: frozenset[str] | No
         if not _buffer(name) and _sources(name, left, right, pair) and (only is None or only & set(_labels(name, shape)))
     ]
     for name, left, right in progress(found, desc, total=len(found), unit="tensor"):
-        w0, dtype0 = _read(base, left or name, pair.base.shape)
+        w0, dtype0 = _read(base, left or name, pair.base.shape, "base")
         if adapter is None:
-            w1, dtype1 = _read(tuned, right or name, pair.tuned.shape)
+            w1, dtype1 = _read(tuned, right or name, pair.tuned.shape, "tuned")
         elif name in adapter.replaced:
             w1, dtype1 = AdaptedTensors(base, adapter, shape).get(name).float(), adapter.replaced[name].dtype
         else:
@@ -147,16 +147,16 @@ def _buffer(name: str) -> bool:
     return any(name == b or name.endswith("." + b) for b in _BUFFERS)
 
 
-def _read(source: TensorSource, name: str, shape: Shape) -> tuple[Tensor, torch.dtype]:
+def _read(source: TensorSource, name: str, shape: Shape, side: str) -> tuple[Tensor, torch.dtype]:
     names = {weights.bare(n) for n in source.names()}
     stored = weights.key_of("W_E", shape) if weights.bare(name) not in names and shape.tied else name
     tensor = source.get(stored or name)
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(f"{name} is stored as {kind}, expected floating-point weights; give the checkpoint before quantisation")
+        raise InputError(f"{name} of {side} is stored as {kind}, expected floating-point weights; give the checkpoint before quantisation")
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise InputError(f"{bad} of {tensor.numel()} entries of {name} are NaN or infinite, expected finite weights")
+        raise InputError(f"{bad} of {tensor.numel()} entries of {name} of {side} are NaN or infinite, expected finite weights")
     return tensor.float(), tensor.dtype
 
 

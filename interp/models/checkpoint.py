@@ -13,13 +13,13 @@ import os
 import struct
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.errors import InputError
 from interp.models import weights
@@ -46,7 +46,7 @@ _CONVERT = "convert it where you trust it: AutoModelForCausalLM.from_pretrained(
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-_CONFIG_NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+CONFIG_NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,18 @@ def read_shape(config: PretrainedConfig) -> Shape:
         gated=family.gated if family else False,
         parallel=bool(getattr(config, parallel, False)) if isinstance(parallel, str) else parallel,
     )
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """Sizes of a model in memory, tied only if its unembedding is the embedding, whatever its config says.
+
+    Raises:
+        InputError: as ``read_shape``.
+    """
+    plain: Any = model
+    shape, (head, embedding) = read_shape(plain.config), (plain.get_output_embeddings(), plain.get_input_embeddings())
+    same = getattr(head, "weight", None) is getattr(embedding, "weight", None)
+    return shape if head is None or same == shape.tied else replace(shape, tied=same)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -276,7 +288,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Sha256 over the weight files' own sha256 (remembered) and the settings of the config, which change what they compute."""
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in _CONFIG_NOTES}
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in CONFIG_NOTES}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for file in sorted({t.file for t in self.tensors.values() if t.file}):
             digest.update(f"{file.name} {file_digest(file)}\n".encode())
@@ -338,7 +350,16 @@ def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         raise InputError(f"{folder} holds no tensors")
     checkpoint = Checkpoint(folder, name or folder.resolve().name, config, read_shape(config), tensors)
     checkpoint.check()
+    if checkpoint.shape.tied and _own_head(checkpoint):
+        return replace(checkpoint, shape=replace(checkpoint.shape, tied=False))
     return checkpoint
+
+
+def _own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold an unembedding unlike the embedding; transformers then keeps it, whatever the config says of tying."""
+    stored = {weights.bare(name): name for name in checkpoint.tensors}
+    names = [stored.get(weights.key_of(c, checkpoint.shape) or "") for c in ("W_E", "W_U")]
+    return None not in names and not torch.equal(*(checkpoint.get(name or "") for name in names))
 
 
 def resolve(what: str | Path, revision: str | None = None) -> Checkpoint:

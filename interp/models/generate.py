@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +63,7 @@ def _group(
 ) -> list[list[int]]:
     from transformers import DynamicCache
 
-    part = Part(batch.select(rows), torch.tensor(rows), len(batch))
+    part = Part.of(batch, rows)
     cache = DynamicCache(config=model.wrapped.runner.config)
     out: list[list[int]] = [[] for _ in rows]
     open_rows = set(range(len(rows)))
@@ -79,7 +80,7 @@ def _group(
             if not open_rows:
                 break
             ids = torch.tensor(new)[:, None]
-            part = Part(Batch(ids, torch.ones_like(ids, dtype=torch.bool)), part.rows, part.total, phase="new")
+            part = replace(part, batch=Batch(ids, torch.ones_like(ids, dtype=torch.bool)), phase="new")
             last = torch.tensor([0])
     return out
 

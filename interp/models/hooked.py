@@ -13,7 +13,7 @@ from torch import nn
 from interp.edits import Edit
 from interp.errors import InputError
 from interp.models import loading
-from interp.models.checkpoint import Checkpoint, Shape, read_shape, resolve
+from interp.models.checkpoint import Checkpoint, Shape, resolve, shape_of
 from interp.models.editing import Editing
 from interp.models.interventions import Action, Ledger
 from interp.models.memory import Budget
@@ -100,7 +100,7 @@ class HookedModel(Editing):
             plain: Any = what
             name = getattr(plain.config, "_name_or_path", "") or type(plain).__name__
             model = cls(
-                lambda: plain, read_shape(plain.config), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True
+                lambda: plain, shape_of(plain), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True
             )
             return model if folder is None else cls._adapted(model, folder, wanted, bos)
         place = loading.read_device(device)

@@ -71,12 +71,27 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Part:
-    """The prompts of one forward pass: their rows in the whole batch, and the phase of generation."""
+    """The prompts of one forward pass.
+
+    Attributes:
+        batch: these prompts, padded to their own longest.
+        rows: their places in the whole batch.
+        total: prompts of the whole batch.
+        width: columns of the whole batch.
+        phase: "prompt", or "new" for generated tokens.
+    """
 
     batch: Batch
     rows: Tensor
     total: int
+    width: int
     phase: str = "prompt"
+
+    @classmethod
+    def of(cls, batch: Batch, rows: Sequence[int] | None = None) -> Part:
+        """Some prompts of a batch, or all."""
+        chosen = list(range(len(batch))) if rows is None else list(rows)
+        return cls(batch if rows is None else batch.select(chosen), torch.tensor(chosen), len(batch), batch.ids.shape[1])
 
 
 Change = Callable[[Tensor, Part], Tensor]
@@ -141,23 +156,26 @@ def mask_padding(x: Tensor, site: Site, part: Part) -> Tensor:
 def fit(value: Tensor, like: Tensor, part: Part, site: Site) -> Tensor:
     """The value for the prompts of this pass, broadcast against the activation.
 
-    A value whose first axis counts all prompts of the batch is cut to this pass's prompts; position axes
-    longer than this pass (padding of longer prompts) are cut too.
+    A value whose first axis counts all prompts of the batch is cut to this pass's prompts, and position axes as
+    wide as the batch to this pass's longest prompt.
 
     Raises:
         InputError: the shapes do not fit.
     """
     v = value.to(like)
+    wrong = InputError(f"a value of shape {tuple(value.shape)} does not fit {site}, which is {tuple(like.shape)} here")
     if v.ndim == like.ndim:
+        if v.shape[0] not in (1, part.total):
+            raise wrong
         if v.shape[0] == part.total and part.total > 1:
             v = v[part.rows.to(v.device)]
-        for axis in range(1, v.ndim):
-            if v.shape[axis] > like.shape[axis] > 0 and (site.position is None or (site.component == "pattern" and axis == v.ndim - 1)):
+        for axis in position_axes(site, v.ndim):
+            if v.shape[axis] == part.width:
                 v = v.narrow(axis, 0, like.shape[axis])
     try:
         return v.expand_as(like)
     except RuntimeError as e:
-        raise InputError(f"a value of shape {tuple(value.shape)} does not fit {site}, which is {tuple(like.shape)} here") from e
+        raise wrong from e
 
 
 def setter(site: Site, value: Tensor) -> Change:

@@ -12,7 +12,7 @@ from interp.errors import InputError
 from interp.models import loading
 from interp.models.adapters import is_adapter
 from interp.models.batch import Batch
-from interp.models.checkpoint import Shape
+from interp.models.checkpoint import Shape, has_tokenizer
 from interp.models.hooked import Bos, HookedModel
 
 _MUST_MATCH = {
@@ -89,7 +89,7 @@ class ModelPair:
         if adapted:
             wanted = loading.read_dtype(dtype)
             first = HookedModel.load(base, dtype=dtype, device=places[0], **more)
-            if wanted is None and first.dtype in loading.HALF and first.checkpoint is not None:
+            if wanted is None and first.dtype in loading.HALF and isinstance(base, str | Path):
                 # Both in fp32, or rounding would pass for tuning.
                 note = f"{first.name} is stored as {str(first.dtype).removeprefix('torch.')}; both models are loaded as float32, because merging an adapter into half precision destroys small deltas"
                 first = HookedModel.load(base, dtype=torch.float32, device=places[0], **more)
@@ -168,8 +168,8 @@ class ModelPair:
 
 
 def _tokenizer_of(model: HookedModel) -> Any:
-    """The tokenizer, or None for a model given as an object without one."""
-    if model.checkpoint is None and model._tokenizer is None:
+    """The tokenizer, or None for a model given as an object, or saved, without one."""
+    if model._tokenizer is None and (model.checkpoint is None or not has_tokenizer(model.checkpoint.path)):
         return None
     return model.tokenizer
 
@@ -188,13 +188,15 @@ def _shared_vocabulary(base: HookedModel, tuned: HookedModel) -> tuple[int, list
     if left is None or right is None or left is right:
         return min(a, b), notes
     n = min(a, b)
-    known = min(n, len(left), len(right))
+    tops = [max(t.get_vocab().values()) + 1 for t in (left, right)]  # ids may have gaps, so that len() is not the last one
+    known = min(n, *tops)
     one, two = left.convert_ids_to_tokens(list(range(known))), right.convert_ids_to_tokens(list(range(known)))
     for i, (x, y) in enumerate(zip(one, two, strict=True)):
         if x != y and x is not None and y is not None:
             raise InputError(f"{base.name} and {tuned.name} cannot be compared: token {i} is {x!r} in base and {y!r} in tuned")
-    if len(left) != len(right):
-        notes.append(f"the tokenizer has {len(left)} entries in base and {len(right)} in tuned; the first {known} are shared")
+    if tops[0] != tops[1]:
+        notes.append(f"the tokenizer has {tops[0]} entries in base and {tops[1]} in tuned; the first {known} are shared")
+        n = known  # a row that only one side's tokenizer uses means nothing in the other
     if (getattr(left, "chat_template", None) is None) != (getattr(right, "chat_template", None) is None):
         side = "tuned" if getattr(left, "chat_template", None) is None else "base"
         notes.append(f"only {side} has a chat template; both models read the same raw text here")

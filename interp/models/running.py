@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from interp.edits import Edit
 from interp.errors import InputError
 from interp.models.batch import Batch
-from interp.models.capture import Capture, capture_to
+from interp.models.capture import Capture, capture_bytes, capture_to
 from interp.models.checkpoint import Shape
 from interp.models.generate import generate
 from interp.models.interventions import Action, Hooks, Ledger, Part, StopForward, installed, locate, mask_padding, position_axes
+from interp.models.loading import free_bytes
 from interp.models.memory import Budget
 from interp.models.text import Text
 from interp.models.wrap import Wrapped
@@ -82,7 +84,7 @@ class Running(Text):
         while at < len(order):
             n = self._budget.rows(int(batch.lengths[order[at]]) * bytes_per_token)
             rows = order[at : at + n]
-            part = Part(batch.select(rows), torch.tensor(rows), len(batch))
+            part = Part.of(batch, rows)
             done, out = self._budget.attempt(lambda part=part: run(part), len(rows))
             if done:
                 yield part, out
@@ -116,7 +118,7 @@ class Running(Text):
         if keep is not None and not trunk:
             inputs["logits_to_keep"] = keep.to(wrapped.device)
         actions = [a for _, group in self._active for a in group]
-        with installed(wrapped, Part(batch, part.rows, part.total, part.phase), actions) as hooks:
+        with installed(wrapped, replace(part, batch=batch), actions) as hooks:
             if prepare:
                 prepare(hooks)
             wrapped.refresh()
@@ -207,6 +209,10 @@ class Running(Text):
             raise InputError("no sites to capture were given")
         if to is not None:
             return capture_to(self, batch, wanted, Path(to), dtype)
+        need = capture_bytes(self, batch, wanted, dtype)
+        if need > 2**28 and need > (free := free_bytes(self.wrapped.device)):
+            gib = f"{need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+            raise InputError(f"this capture takes {gib}; stream it to disk with to=folder, or name positions in the sites")
         out: dict[Site, Tensor] = {}
         for part, got in self.each(batch, self._bytes_per_token(), lambda part: self.read(part, wanted)):
             for site, x in got.items():
@@ -219,6 +225,10 @@ class Running(Text):
                     out[site] = x.new_zeros(full)
                 out[site][(part.rows.to(x.device), *(slice(0, n) for n in x.shape[1:]))] = x
         return {site: out[site] for site in wanted}
+
+    def capture_bytes(self, prompts: Any, sites: str | Site | Sequence[str | Site], dtype: torch.dtype | None = None) -> int:
+        """Bytes that ``capture`` of these sites would take, known without running the model."""
+        return capture_bytes(self, self.batch(prompts), self.sites(sites), dtype)
 
     def read(self, part: Part, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations of one pass, zero at padding."""
@@ -245,7 +255,7 @@ class Running(Text):
             Per site a tensor of the shape that ``capture`` gives.
         """
         batch, wanted = self.batch(prompts), self.sites(sites)
-        part = Part(batch, torch.arange(len(batch)), len(batch))
+        part = Part.of(batch)
         whole = {s: Site(s.component, s.layer) for s in wanted}
         leaves: dict[Site, Tensor] = {}
 

@@ -58,7 +58,7 @@ def logit_difference(model: HookedModel) -> tuple[float, float]:
     with torch.no_grad():
         device = model.wrapped.device
         want: Tensor = plain(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device), use_cache=False).logits
-        got: Tensor = model.forward(Part(batch, torch.arange(len(batch)), len(batch))).logits
+        got: Tensor = model.forward(Part.of(batch)).logits
     real = batch.mask.to(want.device)
     # Hugging Face takes some softmaxes in fp32 even in an fp64 model, TransformerLens not always the same ones.
     eps = max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps)

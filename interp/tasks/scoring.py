@@ -1,0 +1,79 @@
+"""Which prompts a model answers rightly."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from interp.errors import InputError
+from interp.prompts import PromptPairs, Prompts
+from interp.prompts.encoding import continuations, encode
+
+if TYPE_CHECKING:
+    from interp.models import HookedModel
+
+CHUNK = 256
+"""Prompts whose logits over the whole vocabulary are held at a time."""
+
+
+def clean(prompts: Prompts | PromptPairs) -> Prompts:
+    """The prompts that are asked."""
+    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+
+
+def most_likely(
+    model: HookedModel, prompts: Prompts | PromptPairs, among: Literal["vocabulary", "options"] = "vocabulary"
+) -> Bool[Tensor, " prompt"]:
+    """Where the answer is the most likely token at END, of the whole vocabulary or among the prompt's options.
+
+    Raises:
+        InputError: the prompts have no one-token answers, or no options.
+    """
+    if among not in ("vocabulary", "options"):
+        raise InputError(f"among is {among!r}, expected vocabulary or options")
+    asked = clean(prompts)
+    if asked.answers is None:
+        raise InputError("these prompts have no one-token answers to score")
+    if among == "options" and asked.options is None:
+        raise InputError("these prompts have no options to choose among")
+    right = []
+    for start in range(0, len(asked), CHUNK):
+        part = asked[start : start + CHUNK]
+        logits = model.logits(part.batch(), at="END").float()
+        if among == "options" and part.options is not None:
+            allowed = torch.full_like(logits, float("-inf"))
+            for row, options in enumerate(part.options):
+                allowed[row, list(options)] = 0.0
+            logits = logits + allowed
+        answers = torch.tensor(part.answers, device=logits.device)
+        right.append((logits.argmax(-1) == answers).cpu())
+    return torch.cat(right)
+
+
+def greedy_integer(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
+    """Where the first line of the greedy continuation begins with the integer of the target."""
+    asked = clean(prompts)
+    wanted = _targets(asked)
+    # Two tokens more than the number needs, so that a longer number is seen to go on.
+    length = max(len(ids) for ids in continuations(model, encode(model, asked.texts), wanted)) + 2
+    written = [model.decode(ids) for ids in model.generate(asked.batch(), length)]
+    found = [re.match(r"[^\S\n]*(-?\d+)", text) for text in written]
+    return torch.tensor([m is not None and int(m[1]) == int(w) for m, w in zip(found, wanted, strict=True)])
+
+
+def recited(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
+    """Where greedy decoding gives exactly the tokens of the target."""
+    asked = clean(prompts)
+    wanted = continuations(model, encode(model, asked.texts), _targets(asked))
+    written = model.generate(asked.batch(), max(len(ids) for ids in wanted))
+    return torch.tensor([tuple(new[: len(ids)]) == ids for new, ids in zip(written, wanted, strict=True)])
+
+
+def _targets(prompts: Prompts) -> tuple[str, ...]:
+    if prompts.targets is None:
+        raise InputError("these prompts have no target texts to score")
+    return prompts.targets
