@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -153,7 +154,13 @@ class Edit:
                 if change.right is not None:
                     tensors[f"{i}.right"] = change.right
             else:
-                row = {"type": "activation", "site": str(change.site), "kind": change.kind, "at": change.at, "strength": change.strength}
+                row = {
+                    "type": "activation",
+                    "site": str(change.site),
+                    "kind": change.kind,
+                    "at": change.at,
+                    "strength": float(change.strength),
+                }
                 rows.append(row)
                 tensors[f"{i}.value"] = change.value
         return rows, {k: t.detach().cpu().reshape(t.shape if t.ndim else (1,)).contiguous() for k, t in tensors.items()}
@@ -163,8 +170,9 @@ class Edit:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows, tensors = self._rows()
-        save_file(tensors, folder / "edit.safetensors")
-        (folder / "edit.json").write_text(json.dumps({"format": 1, "name": self.name, "changes": rows}, indent=1))
+        # Copies: two changes may share a factor, which safetensors refuses to write twice.
+        save_file({k: t.clone() for k, t in tensors.items()}, folder / "edit.safetensors")
+        (folder / "edit.json").write_text(json.dumps({"format": 1, "name": self.name, "digest": self.digest, "changes": rows}, indent=1))
         return folder
 
     @classmethod
@@ -177,10 +185,10 @@ class Edit:
         folder = Path(folder)
         if not (folder / "edit.json").is_file() or not (folder / "edit.safetensors").is_file():
             raise InputError(f"{folder} holds no edit: edit.json and edit.safetensors are expected")
-        body = json.loads((folder / "edit.json").read_text())
-        tensors = load_file(folder / "edit.safetensors")
         changes: list[WeightChange | ActivationChange] = []
         try:
+            body = json.loads((folder / "edit.json").read_text())
+            tensors = load_file(folder / "edit.safetensors")
             for i, row in enumerate(body["changes"]):
                 site = Site.parse(row["site"])
                 if row["type"] == "weight":
@@ -188,6 +196,10 @@ class Edit:
                 else:
                     kind, at = cast(ActivationKind, row["kind"]), cast(When, row["at"])
                     changes.append(ActivationChange(site, kind, tensors[f"{i}.value"], at, float(row["strength"])))
-        except (KeyError, TypeError) as e:
+            found = cls(tuple(changes), str(body["name"]))
+            whole = body["format"] == 1 and body["digest"] == found.digest
+        except (KeyError, TypeError, ValueError, SafetensorError) as e:
             raise InputError(f"{folder} holds an edit that is not whole: {e} is missing or odd") from e
-        return cls(tuple(changes), str(body.get("name", "")))
+        if not whole:
+            raise InputError(f"{folder} holds an edit that is not whole: its tensors are not those that edit.json was written for")
+        return found

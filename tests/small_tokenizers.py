@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from interp.models.batch import Batch
@@ -37,36 +37,35 @@ def pieces() -> tuple[str, ...]:
     return tuple(sorted(found | {p for text in texts for p, _ in cut.pre_tokenize_str(text)}))
 
 
-def _vocabulary(words: Sequence[str], special: Sequence[str], spell: Callable[[str], str], letters: Sequence[str]) -> dict[str, int]:
-    return {piece: i for i, piece in enumerate(dict.fromkeys((*special, *letters, *(spell(w) for w in words))))}
+def _trained(raw: Tokenizer, words: Sequence[str], special: Sequence[str], letters: Sequence[str]) -> Tokenizer:
+    """Byte-pair encoding learnt from words until each of them is one token."""
+    trainer = trainers.BpeTrainer(vocab_size=20_000, special_tokens=list(special), initial_alphabet=list(letters), show_progress=False)
+    raw.train_from_iterator((w for w in words for _ in range(2)), trainer)
+    return raw
 
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a name."""
     if name == "metaspace":
-        letters = ["\u2581", *(chr(c) for c in range(33, 127)), "\n"]
-        words = [w for w in pieces() if "\n" not in w]
-        bytes_ = [f"<0x{b:02X}>" for b in range(256)]
-        vocab = _vocabulary(words, ["<unk>", "<s>", "</s>", *bytes_], lambda w: w.replace(" ", "\u2581"), letters)
-        raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", ignore_merges=True, byte_fallback=True))
+        raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         raw.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation(), pre_tokenizers.Split("\n", "isolated")]
         )
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+        _trained(raw, [w for w in pieces() if "\n" not in w], special, ["\u2581", *(chr(c) for c in range(33, 127)), "\n"])
         raw.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))])
         return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     words = [w for w in pieces() if name != "letters" and (name != "splitting" or w not in SPLIT)]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocab = _vocabulary(words, ["<|end|>"], lambda w: spell.pre_tokenize_str(w)[0][0], alphabet)
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    _trained(raw, words, ["<|end|>"], sorted(pre_tokenizers.ByteLevel.alphabet()))
     raw.decoder = decoders.ByteLevel()
     if name == "closing":
-        raw.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", vocab["<|end|>"])])
+        raw.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", raw.token_to_id("<|end|>"))])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
 
 

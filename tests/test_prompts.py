@@ -131,7 +131,7 @@ def test_mistakes_in_prompts(plain):
     assert "no prompts" in message(Prompts.of, plain, [])
     assert "2 answers for 1 prompts" in message(Prompts.of, plain, ["to the"], [" store", " garden"])
     said = message(Prompts.of, plain, ["to the"], [" unheard"])
-    assert "' unheard' of prompt 0 is 8 tokens (' ', 'u', 'n'" in said
+    assert "' unheard' of prompt 0 is 4 tokens (' ', 'un', 'he', 'ard')" in said
     assert "leading space" in message(Prompts.of, plain, ["to the"], ["store"])
     assert "2 entries for 1 prompts" in message(Prompts, ("a",), ((1, 2),), answers=(1, 2))
     assert "position S1 of prompt 0 is [2], but the prompt has 2 tokens" in message(Prompts, ("a",), ((1, 2),), {"S1": ((2,),)})

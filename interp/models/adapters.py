@@ -23,7 +23,7 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.models import weights
-from interp.models.checkpoint import Shape, file_digest, read_header
+from interp.models.checkpoint import Shape, file_digest, holds_adapter, read_header
 from interp.models.weights import TensorInfo, TensorSource
 from interp.sites import Site
 
@@ -49,8 +49,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter (and no whole model)."""
-    folder = Path(folder).expanduser()
-    return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
+    return holds_adapter(Path(folder).expanduser())
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,11 +160,6 @@ def capture_to(model: Running, batch: Batch, sites: list[Site], folder: Path, dt
     for site in sites:
         if site.component == "pattern":
             raise InputError(f"{site} has a row of its own length per prompt and is not streamed to disk; capture patterns in memory")
-        if site.is_weight or site.component == "svd":
-            raise InputError(f"{site} is not an activation; capture takes sites such as L3.resid_post or L9H6.z@END")
-        model.wrapped.hook_point(site.component, site.layer)
-        if site.position is not None:
-            batch.columns(site.position)
     bytes_per_token = capture_bytes(model, batch, sites, dtype) / int(batch.lengths.sum())
     # What a patch sets is not known here, so that a capture under one is equal to no other and is never gone on with.
     patches = sum(len(actions) for _, actions in model._active) - sum(len(edit.activations) for edit in model._edits)
@@ -236,7 +232,7 @@ def narrowed(x: Tensor, dtype: torch.dtype | None, site: Site) -> Tensor:
 def _shard(model: Running, batch: Batch, first: int, end: int, sites: list[Site], dtype: torch.dtype | None) -> dict[str, Tensor]:
     some = batch.select(range(first, end))
     lengths = some.lengths.tolist()
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = [0, *accumulate(lengths)]
     out: dict[str, Tensor] = {}
 
     def run(part: Part) -> dict[Site, Tensor]:

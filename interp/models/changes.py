@@ -40,7 +40,6 @@ class Change:
         tuned: the weight in tuned; None for an adapter that gives the change as factors.
         factors: (left [rows, rank], right [rank, cols]) with ``delta = left @ right``; else None.
         dtype: the coarser of the two stored dtypes: what rounding can have done.
-        rounded: the weight stored in that dtype (tuned, unless only base is so coarse).
     """
 
     name: str
@@ -49,7 +48,6 @@ class Change:
     tuned: Tensor | None
     factors: tuple[Tensor, Tensor] | None
     dtype: torch.dtype
-    rounded: Tensor | None
 
     @cached_property
     def delta(self) -> Tensor:
@@ -61,13 +59,19 @@ class Change:
     @property
     def rounding(self) -> float:
         """Frobenius norm that rounding alone can give the change; 0 where an adapter gives it exactly."""
-        return 0.0 if self.rounded is None else linalg.rounding_norm(self.rounded, self.dtype)
+        return 0.0 if self.tuned is None else linalg.rounding_norm(self.tuned, self.dtype)
+
+    @property
+    def noise(self) -> float:
+        """Largest singular value that rounding alone can give the change of a matrix, with a fifth of margin."""
+        rows, cols = self.base.shape
+        return 1.2 * self.rounding * (rows**0.5 + cols**0.5) / (rows * cols) ** 0.5
 
     def rounding_per_head(self, shape: Shape) -> list[float]:
         """The same for every head of a W_Q, W_K, W_V or W_O."""
         assert self.site is not None
-        split = weights.heads(self.site, self.base if self.rounded is None else self.rounded, shape)
-        return [0.0 if self.rounded is None else linalg.rounding_norm(head, self.dtype) for head in split]
+        split = weights.heads(self.site, self.base if self.tuned is None else self.tuned, shape)
+        return [0.0 if self.tuned is None else linalg.rounding_norm(head, self.dtype) for head in split]
 
 
 def adapter_of(pair: ModelPair) -> Adapter | None:
@@ -174,11 +178,7 @@ def _split(
             raise InputError(f"{name} is {list(w0.shape)} in base and {list(w1.shape)} in tuned; they cannot be compared")
         rows = min(len(w0), len(w1))
         w0, w1 = w0[:rows], w1[:rows]
-    dtype = linalg.coarser(*dtypes)
-    # Which side the rounding happened on matters where they differ: the spacing grows with the number.
-    side = w0 if dtypes[1] != dtype else w1
     parts0, parts1 = _parts(name, w0, shape), {} if w1 is None else _parts(name, w1, shape)
-    rounded = {} if w1 is None else (parts0 if side is w0 else parts1)
     for site, base in parts0.items():
         yield Change(
             name=name if site is None else str(site),
@@ -186,8 +186,7 @@ def _split(
             base=base,
             tuned=parts1.get(site),
             factors=factors.get(site) if site is not None and w1 is None else None,
-            dtype=dtype,
-            rounded=rounded.get(site),
+            dtype=linalg.coarser(*dtypes),
         )
 
 

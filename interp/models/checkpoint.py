@@ -180,7 +180,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of its index, else its only file."""
+    """The safetensors files of a folder, as transformers chooses: model.safetensors, else the shards of its index, else its only file."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -190,8 +192,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise InputError(f"{folder} lacks {len(missing)} of the {len(names)} shards its index names; the first is {missing[0]}")
         return [folder / n for n in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files
@@ -318,6 +318,11 @@ class Checkpoint:
             weights.check_finite(self, f"checkpoint {self.name}")
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model; some trainers save the base's config beside the adapter."""
+    return (folder / "adapter_config.json").is_file() and not list(folder.glob("model*.safetensors*"))
+
+
 def read_config(folder: Path) -> PretrainedConfig:
     """The Hugging Face config of a folder; code that a checkpoint brings along is never run.
 
@@ -340,7 +345,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     Raises:
         InputError: the folder holds an adapter, no config, no safetensors, damaged files, or tensors that do not fit its config.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if holds_adapter(folder):
         raise InputError(f"{folder} is an adapter, not a model; give its base as the model and this folder as its adapter")
     config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}

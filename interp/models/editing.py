@@ -14,6 +14,7 @@ from torch import Tensor
 from interp.edits import ActivationChange, Edit, WeightChange
 from interp.errors import InputError
 from interp.models import weights
+from interp.models.checkpoint import has_tokenizer
 from interp.models.interventions import Action, Entry, Ledger, Part, setter
 from interp.models.running import Running
 from interp.sites import Site
@@ -166,7 +167,7 @@ class Editing(Running):
             state = {name: wrapped.parameter(name).detach() for name, _ in source.named_parameters(remove_duplicate=False)}
             state |= {name: b for name, b in source.state_dict().items() if name not in state}
             source.save_pretrained(folder, state_dict=state, safe_serialization=True)
-        if self._tokenizer is not None or self.checkpoint is not None:
+        if self._tokenizer is not None or (self.checkpoint is not None and has_tokenizer(self.checkpoint.path)):
             self.tokenizer.save_pretrained(folder)
         return folder
 
@@ -181,6 +182,7 @@ def _add(view: Tensor, change: WeightChange) -> None:
     delta = WeightChange(
         change.site, change.left.to(view.device, wide), None if change.right is None else change.right.to(view.device, wide)
     ).delta
-    if delta.numel() != view.numel():
+    # Interleaved heads come with an axis of their own; any other delta of as many numbers would be a transposed one.
+    if delta.shape != view.shape and not (delta.ndim == view.ndim - 1 and delta.shape == view.flatten(-2).shape):
         raise InputError(f"a delta of shape {tuple(delta.shape)} does not fit {change.site}, which is {tuple(view.shape)}")
     view.copy_(view.to(wide) + delta.reshape(view.shape))

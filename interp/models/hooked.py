@@ -99,9 +99,7 @@ class HookedModel(Editing):
         if isinstance(what, nn.Module):
             plain: Any = what
             name = getattr(plain.config, "_name_or_path", "") or type(plain).__name__
-            model = cls(
-                lambda: plain, shape_of(plain), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True
-            )
+            model = cls(lambda: plain, shape_of(plain), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True)
             return model if folder is None else cls._adapted(model, folder, wanted, bos)
         place = loading.read_device(device)
         checkpoint = resolve(what, revision)
@@ -135,6 +133,8 @@ class HookedModel(Editing):
         """``base`` with an adapter; shares with it every tensor the adapter leaves alone."""
         from interp.models.adapters import read_adapter
 
+        if base.adapter is not None:
+            raise InputError(f"{base.name} has an adapter already; save it with model.save(folder) and put {folder.name} on that")
         adapter = read_adapter(folder)
         adapter.check(base.shape)
         target = dtype or (torch.float32 if base.dtype in loading.HALF else base.dtype)

@@ -179,20 +179,29 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    merged: Any = structure_copy(model)
     folder = folder.expanduser()
-    _own_parameters(merged, read_adapter(folder).replaced.keys())
+    adapter = read_adapter(folder)
+    merged: Any = structure_copy(model)
+    _own_parameters(merged, adapter.replaced.keys())
     try:
         wrapped: Any = PeftModel.from_pretrained(merged, str(folder), is_trainable=False)
     except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:
         raise InputError(f"the adapter {folder} does not fit the base: {' '.join(str(e).split())[:300]}") from e
-    for module in wrapped.modules():
-        if isinstance(module, BaseTunerLayer):
-            base: Any = module.get_base_layer()
-            # A tensor of its own: merging writes in place, and the base shares this one.
-            wide = torch.promote_types(base.weight.dtype, torch.float32)
-            base.weight = nn.Parameter(base.weight.detach().to(wide, copy=True), requires_grad=False)
+    layers = {name.removeprefix("base_model.model."): m for name, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
+    if odd := sorted(layers.keys() ^ adapter.low_rank.keys()):
+        # PEFT starts modules without factors from zero and leaves factors without a module out.
+        lacks = "no factors for" if odd[0] in layers else "factors but no place for"
+        raise InputError(f"the adapter {folder} has {lacks} {odd[0]}, as its config chooses modules")
+    for layer in layers.values():
+        base: Any = layer.get_base_layer()
+        # A tensor of its own: merging writes in place, and the base shares this one.
+        base.weight = nn.Parameter(base.weight.detach().to(_wide(base.weight), copy=True), requires_grad=False)
     merged = wrapped.merge_and_unload()
+    named = {weights.bare(key): p for key, p in merged.named_parameters(remove_duplicate=False)}
+    adapted = {weights.bare(f"{name}.weight") for name in layers}
+    for key, tensor in adapter.replaced.items():
+        if key not in adapted and not (key in named and torch.equal(named[key].to(tensor), tensor)):
+            raise InputError(f"the adapter {folder} has a {key} that its config does not ask for")
     first = next(model.parameters()).dtype
     target = dtype or (torch.float32 if first in HALF else first)
     cast: dict[int, nn.Parameter] = {}
@@ -200,7 +209,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
         for name, p in module._parameters.items():
             if p is not None and p.dtype != target:  # a new parameter: the old one may be the base's own
                 module._parameters[name] = cast.setdefault(id(p), nn.Parameter(p.detach().to(target), requires_grad=False))
-    return merged.eval()
+    check_finite(merged, folder.name)
+    return merged.requires_grad_(False).eval()
 
 
 def _own_parameters(model: nn.Module, replaced: Collection[str]) -> None:
@@ -213,12 +223,16 @@ def _own_parameters(model: nn.Module, replaced: Collection[str]) -> None:
         for name, p in module._parameters.items():
             if p is not None:
                 whole = weights.bare(f"{path}.{name}") in replaced
-                fresh = nn.Parameter(p.detach().clone() if whole else p.detach(), requires_grad=False)
-                module._parameters[name] = own.setdefault(id(p), fresh)
+                fresh = p.detach().to(_wide(p), copy=True) if whole else p.detach()
+                module._parameters[name] = own.setdefault(id(p), nn.Parameter(fresh, requires_grad=False))
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def memory_fingerprint(model: nn.Module) -> str:
-    """Identity of weights in memory: an integer checksum per tensor, position-weighted, computed on the device.
+    """Identity of weights in memory: an integer checksum per tensor, computed on its device.
 
     Runs at each call, so weights that were updated in place are another identity.
     """
@@ -232,21 +246,22 @@ def memory_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_STRETCH = 2**18
-"""Entries that are summed together; on a CPU they stay in its cache, which makes this ten times as fast."""
+_STRETCH = 2**21
+"""Bytes that are summed together on a CPU: they stay in its cache, which makes this ten times as fast."""
 
 
 def _checksum(t: Tensor) -> tuple[int, ...]:
-    flat = t.contiguous().view(-1)
-    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    place = torch.arange(1, min(_STRETCH, bits.numel()) + 1, device=bits.device)
-    # Two multipliers, one nonlinear in the place, so that swapped or shifted entries do not cancel; int64 wraps.
-    factors = (place, (place * 2654435761) ^ (place >> 7))
-    rest = bits.numel() % _STRETCH
-    many = 1 if bits.device.type == "cpu" else 64
-    whole = bits[: bits.numel() - rest].view(-1, _STRETCH).split(many) if bits.numel() >= _STRETCH else ()
+    """Sums over 8-byte words, each mixed with its place first (splitmix64), so that no exchange or change of sign cancels another."""
+    bits = t.contiguous().view(-1).view(torch.uint8)
+    stretch = _STRETCH if t.device.type == "cpu" else 64 * _STRETCH
+    place = torch.arange(1, min(stretch, len(bits)) // 8 + 2, device=t.device) * -7046029254386353131  # int64 wraps
     sums = []
-    for part in (*whole, bits[bits.numel() - rest :][None]):
-        x = part.to(torch.int64)
-        sums.append(torch.stack([(x * factor[: x.shape[1]]).sum(1) for factor in factors], dim=1))
-    return tuple(torch.cat(sums).flatten().tolist())
+    for part in bits.split(stretch):
+        words = torch.zeros(-(-len(part) // 8), dtype=torch.int64, device=t.device)
+        words.view(torch.uint8)[: len(part)] = part
+        words += place[: len(words)]
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+            words ^= (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+            words *= factor
+        sums.append(words.sum())
+    return tuple(torch.stack(sums).tolist())

@@ -91,7 +91,10 @@ class ModelPair:
             first = HookedModel.load(base, dtype=dtype, device=places[0], **more)
             if wanted is None and first.dtype in loading.HALF and isinstance(base, str | Path):
                 # Both in fp32, or rounding would pass for tuning.
-                note = f"{first.name} is stored as {str(first.dtype).removeprefix('torch.')}; both models are loaded as float32, because merging an adapter into half precision destroys small deltas"
+                note = (
+                    f"{first.name} is stored as {str(first.dtype).removeprefix('torch.')}; both models are loaded as float32, "
+                    "because merging an adapter into half precision destroys small deltas"
+                )
                 first = HookedModel.load(base, dtype=torch.float32, device=places[0], **more)
                 first.notes = (note,)
             second = HookedModel.load(first, adapter=tuned, dtype=dtype, bos=bos)
@@ -210,9 +213,8 @@ def _differences(base: HookedModel, tuned: HookedModel) -> list[str]:
     """Allowed differences worth knowing."""
     notes = []
     if base.dtype != tuned.dtype:
-        notes.append(
-            f"base is {str(base.dtype).removeprefix('torch.')} and tuned {str(tuned.dtype).removeprefix('torch.')}; differences below rounding of the coarser are noise"
-        )
+        names = [str(m.dtype).removeprefix("torch.") for m in (base, tuned)]
+        notes.append(f"base is {names[0]} and tuned {names[1]}; differences below rounding of the coarser are noise")
     if base.shape.tied != tuned.shape.tied:
         notes.append(f"the unembedding is tied to the embedding in {'base' if base.shape.tied else 'tuned'} only")
     ropes = [_rope(m) for m in (base, tuned)]

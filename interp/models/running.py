@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.edits import Edit
 from interp.errors import InputError
 from interp.models.batch import Batch
-from interp.models.capture import Capture, capture_bytes, capture_to
+from interp.models.capture import Capture, capture_bytes, capture_to, narrowed
 from interp.models.checkpoint import Shape
 from interp.models.generate import generate
 from interp.models.interventions import Action, Hooks, Ledger, Part, StopForward, installed, locate, mask_padding, position_axes
@@ -61,6 +61,8 @@ class Running(Text):
         """
         if isinstance(prompts, Tensor):
             raise InputError("a bare tensor does not say which tokens are padding; use Batch.of_tensor(ids, mask) or unpadded=True there")
+        if isinstance(prompts, Mapping):
+            raise InputError("a tokenizer's output is no prompts yet; use Batch.of_tensor(out['input_ids'], out['attention_mask'])")
         if isinstance(prompts, str):
             prompts = [prompts]
         if isinstance(prompts, Batch):
@@ -68,13 +70,15 @@ class Running(Text):
         elif hasattr(prompts, "batch"):
             found = prompts.batch()
         else:
-            found = Batch.of([self.tokens(p) if isinstance(p, str) else list(p) for p in prompts])
+            found = Batch.of([self.tokens(p) if isinstance(p, str) else p for p in prompts])
         longest = int(found.lengths.max())
         if longest > self.shape.n_ctx:
             row = int(found.lengths.argmax())
             raise InputError(f"prompt {row} has {longest} tokens; {self.name} takes at most {self.shape.n_ctx}")
-        if int(found.ids.max()) >= self.shape.d_vocab or int(found.ids.min()) < 0:
-            raise InputError(f"token id {int(found.ids.max())} is outside the vocabulary of {self.name} (0 to {self.shape.d_vocab - 1})")
+        low, high = int(found.ids.min()), int(found.ids.max())
+        if low < 0 or high >= self.shape.d_vocab:
+            wrong = low if low < 0 else high
+            raise InputError(f"token id {wrong} is outside the vocabulary of {self.name} (0 to {self.shape.d_vocab - 1})")
         return found
 
     def each(self, batch: Batch, bytes_per_token: int, run: Callable[[Part], Any]) -> Iterator[tuple[Part, Any]]:
@@ -207,6 +211,10 @@ class Running(Text):
         batch, wanted = self.batch(prompts), self.sites(sites)
         if not wanted:
             raise InputError("no sites to capture were given")
+        for site in wanted:
+            self.wrapped.hook_point(site.component, site.layer)
+            if site.position is not None:
+                batch.columns(site.position)  # parts of a batch could agree among themselves only
         if to is not None:
             return capture_to(self, batch, wanted, Path(to), dtype)
         need = capture_bytes(self, batch, wanted, dtype)
@@ -216,7 +224,7 @@ class Running(Text):
         out: dict[Site, Tensor] = {}
         for part, got in self.each(batch, self._bytes_per_token(), lambda part: self.read(part, wanted)):
             for site, x in got.items():
-                x = x if dtype is None else x.to(dtype)
+                x = narrowed(x, dtype, site)
                 if site not in out:
                     full = list(x.shape)
                     full[0] = len(batch)

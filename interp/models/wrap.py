@@ -167,6 +167,8 @@ class Wrapped:
             InputError: this architecture has no such activation, or none that TransformerLens can name.
         """
         key = (component, layer)
+        if component != "embed" and component not in _NAMES:
+            raise InputError(f"{component} is not an activation; activations are embed, {', '.join(_NAMES)}")
         if key not in self._points:
             name = "hook_embed" if component == "embed" else f"blocks.{layer}.{_NAMES[component]}"
             point = self.bridge.hook_dict.get(name)

@@ -1,0 +1,26 @@
+"""The analyses: one file, one function and one kind of result per question.
+
+``ANALYSES`` is the only list of them. The name of an analysis is the name of its file, of its
+function, of its word on the command line and of its folder among saved results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from interp.names import unknown
+
+ANALYSES = ("pair_check", "weight_delta", "token_divergence", "task_accuracy", "activation_patching")
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function of an analysis; this imports its file, and torch with it.
+
+    Raises:
+        InputError: there is no analysis of that name; the message has the nearest names.
+    """
+    if name not in ANALYSES:
+        raise unknown("analysis", name, ANALYSES)
+    return getattr(import_module(f"{__name__}.{name}"), name)

@@ -1,0 +1,454 @@
+"""Which activations carry the answer from one prompt to the other, and did fine-tuning move them?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp import plots
+from interp.errors import InputError
+from interp.metrics import Metric
+from interp.names import unknown
+from interp.prompts import PromptPairs
+from interp.results import Result, analysis
+from interp.sites import RESIDUAL, Site
+from interp.spelling import spelled
+from interp.stats import Estimate, recovered, resample_counts, standard_error
+from interp.sweeps import check, floor, run, sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from interp.models import Batch, HookedModel, ModelPair
+
+STREAM = (*RESIDUAL, "attn_out", "mlp_out", "mlp_post")
+"""Activations that are patched one layer and position at a time."""
+
+HEADS = ("z", "q", "k", "v")
+"""Activations that are patched one head at a time; ``k`` and ``v`` have key/value heads."""
+
+Direction = Literal["denoise", "noise"]
+_CELLS = 2**11  # resampled at a time
+_CHANGE = "tuned - base"
+_WHAT = {"denoise": "clean activations into the corrupt run", "noise": "corrupt activations into the clean run"}
+
+
+def changed(first: Sequence[Tensor], second: Sequence[Tensor], seed: int = 0) -> Estimate:
+    """``recovered`` in a second model minus ``recovered`` in a first, both on the same prompts.
+
+    The interval resamples prompts, the same ones in both models.
+
+    Args:
+        first: patched [prompt, ...], start [prompt] and goal [prompt] of the first model.
+        second: the same of the second.
+        seed: of the resampling.
+
+    Returns:
+        Estimates [...]; refused where either model's are.
+    """
+    sides = [recovered(*side, seed=seed) for side in (first, second)]
+    value = sides[1].value - sides[0].value
+    refused = next((s.refused for s in sides if s.refused), None)
+    if refused:
+        return Estimate(value, value, value, refused)
+    counts = resample_counts(len(first[1]), seed)
+    low, high = [], []
+    for cells in range(0, value.numel(), _CELLS):
+        draws = []
+        for patched, start, goal in (first, second):
+            gain = (patched.double() - start.double().reshape(-1, *[1] * (patched.ndim - 1))).flatten(1)[:, cells : cells + _CELLS]
+            draws.append(counts @ gain / (counts @ (goal - start).double())[:, None])
+        ends = (draws[1] - draws[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        low.append(ends[0])
+        high.append(ends[1])
+    return Estimate(value, torch.cat(low).reshape(value.shape), torch.cat(high).reshape(value.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationPatchingResult(Result):
+    """The metric of every patched run, per prompt.
+
+    Attributes:
+        clean: metric of the clean run.
+        corrupt: metric of the corrupt run.
+        floor: largest change of the metric by rounding alone (the prompts in batches of another size).
+        patched: component -> metric of the patched runs, [side layer place prompt]; a place is one of
+            ``positions``, or a head for the components in ``HEADS``.
+        positions: names of the places in the prompt; tokens when ``by_token``.
+        by_token: every token position was patched, not named ones.
+        left_out: named positions that are not one token in every prompt.
+        heads_at: where heads were patched: ``all`` positions or a named one.
+        direction: ``denoise`` or ``noise``.
+        metric: text form.
+        unit: of the metric.
+        draw_seed: of the bootstrap.
+        labels: of the axis ``side``: base and tuned, or model.
+    """
+
+    clean: Float[Tensor, "side prompt"]
+    corrupt: Float[Tensor, "side prompt"]
+    floor: Float[Tensor, " side"]
+    patched: dict[str, Tensor]
+    positions: tuple[str, ...]
+    by_token: bool
+    left_out: tuple[str, ...]
+    heads_at: str
+    direction: Direction
+    metric: str
+    unit: str
+    draw_seed: int
+    labels: dict[str, tuple[str, ...]]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return self.labels["side"]
+
+    @property
+    def start(self) -> Float[Tensor, "side prompt"]:
+        """Metric of the runs that are patched."""
+        return self.corrupt if self.direction == "denoise" else self.clean
+
+    @property
+    def goal(self) -> Float[Tensor, "side prompt"]:
+        """Metric of the runs the activations come from."""
+        return self.clean if self.direction == "denoise" else self.corrupt
+
+    @property
+    def resolved(self) -> Bool[Tensor, " side"]:
+        """Models in which clean and corrupt differ by more than two standard errors."""
+        return torch.tensor([recovered(s, s, g).refused is None for s, g in zip(self.start, self.goal, strict=True)])
+
+    def recovered(self, component: str, side: str | None = None) -> Estimate:
+        """Share of the difference between the two runs that each patch carries over, [layer place]; 95 % interval.
+
+        Args:
+            component: one of those that were patched.
+            side: which model; by default the tuned one, or the only one.
+
+        Raises:
+            InputError: no such component or model.
+        """
+        return recovered(*self._runs(component, side), seed=self.draw_seed)
+
+    def change(self, component: str) -> Estimate:
+        """Recovered in the tuned model minus recovered in the base, [layer place]; 95 % interval.
+
+        Raises:
+            InputError: no such component, or only one model.
+        """
+        return changed(self._runs(component, "base"), self._runs(component, "tuned"), self.draw_seed)
+
+    def _runs(self, component: str, side: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Patched [prompt layer place], start and goal [prompt] of one model."""
+        i = self._side(side)
+        return self._values(component)[i].movedim(-1, 0), self.start[i], self.goal[i]
+
+    def effect(self, component: str, side: str | None = None) -> Float[Tensor, "layer place prompt"]:
+        """What each patch changes, in units of the metric: patched - start."""
+        i = self._side(side)
+        return self._values(component)[i] - self.start[i]
+
+    def _side(self, side: str | None) -> int:
+        if side is not None and side not in self.sides:
+            raise InputError(f"there is no model {side!r} in this result; it has {', '.join(self.sides)}")
+        return len(self.sides) - 1 if side is None else self.sides.index(side)
+
+    def _values(self, component: str) -> Tensor:
+        if component not in self.patched:
+            raise unknown("patched component", component, self.patched)
+        return self.patched[component]
+
+    def sites(self, component: str) -> list[list[Site]]:
+        """The site of every cell, [layer place]."""
+        _, layers, places, _ = self._values(component).shape
+        if component in HEADS:
+            at = None if self.heads_at == "all" else self.heads_at
+            return [[Site(component, layer, head, at) for head in range(places)] for layer in range(layers)]
+        names: Sequence[str | int] = range(places) if self.by_token else self.positions
+        return [[Site(component, layer, position=p) for p in names] for layer in range(layers)]
+
+    def summary(self) -> str:
+        """The cell with the largest (change of) recovered, and how far clean and corrupt are apart."""
+        apart = "; ".join(
+            f"{self.metric} {float(self.clean[i].mean()):.3g} clean and {float(self.corrupt[i].mean()):.3g} corrupt in {side}, difference "
+            + _mean(self.clean[i] - self.corrupt[i])
+            + ("" if self.resolved[i] else ", too close to normalise")
+            for i, side in enumerate(self.sides)
+        )
+        n = self.clean.shape[1]
+        tail = f"({self.direction}: {_WHAT[self.direction]}; n = {n} prompt pairs; {apart})"
+        component = next(c for c in (*HEADS, "attn_out", "mlp_out", "mlp_post", *RESIDUAL) if c in self.patched)
+        told = [s for i, s in enumerate(self.sides) if self.resolved[i]]
+        if not told:
+            effect = self.effect(component).mean(-1)
+            cell = _largest(effect)
+            return (
+                f"{_at(self.sites(component), cell)} changes {self.metric} by {float(effect[cell]):.3g}, the most of all {component} {tail}"
+            )
+        if len(told) == 2:
+            change = self.change(component)
+            cell = _largest(change.value)
+            both = " and ".join(f"{_cell(self.recovered(component, s), cell)} in {s}" for s in reversed(self.sides))
+            return f"{_at(self.sites(component), cell)} changed the most: {_cell(change, cell)}; it recovers {both} {tail}"
+        share = self.recovered(component, told[0])
+        where = f" in {told[0]}" if len(self.sides) > 1 else ""
+        if component in RESIDUAL:  # the last cell of the stream always recovers everything: say where it gets there
+            half = (share.value[:, -1] >= 0.5).nonzero()
+            cell = (int(half[0]) if len(half) else share.value.shape[0] - 1, share.value.shape[1] - 1)
+            return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the first layer there with half {tail}"
+        cell = _largest(share.value)
+        return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the most of all {component} {tail}"
+
+    def to_frame(self, per: str | None = None) -> pd.DataFrame:
+        """One row per patch and model with means over prompts; ``per="prompt"`` the metric of every run.
+
+        For a pair, rows of ``tuned - base`` have the difference of ``recovered`` with its interval.
+
+        Raises:
+            InputError: ``per`` is something else.
+        """
+        import pandas as pd
+
+        if per not in (None, "prompt"):
+            raise InputError(f"per must be 'prompt' or nothing, but it is {per!r}")
+        rows = [row for c in self.patched for row in (self._per_prompt(c) if per else self._rows(c))]
+        return pd.DataFrame(rows)
+
+    def _cells(self, component: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        for layer, row in enumerate(self.sites(component)):
+            for place, site in enumerate(row):
+                name = place if component in HEADS else self.positions[place]
+                yield (layer, place), {"component": component, "layer": layer, "place": name, "site": str(site)}
+
+    def _per_prompt(self, component: str) -> Iterator[dict[str, Any]]:
+        for i, side in enumerate(self.sides):
+            for (layer, place), row in self._cells(component):
+                for prompt, value in enumerate(self.patched[component][i, layer, place].tolist()):
+                    ends = {"clean": float(self.clean[i, prompt]), "corrupt": float(self.corrupt[i, prompt])}
+                    yield {"side": side, **row, "prompt": prompt, **ends, "patched": value}
+
+    def _rows(self, component: str) -> Iterator[dict[str, Any]]:
+        for side in self._views():
+            share, effect = self._share(component, side), self._effect(component, side)
+            columns = {"effect": effect.mean(-1), "effect_se": standard_error(effect.movedim(-1, 0))}
+            columns |= {"recovered": share.value, "low": share.low, "high": share.high}
+            for cell, row in self._cells(component):
+                yield {"side": side, **row, **{k: float(v[cell]) for k, v in columns.items()}}
+
+    def _views(self) -> tuple[str, ...]:
+        """What is drawn and listed: the models, and for a pair what changed."""
+        return self.sides if len(self.sides) == 1 else (_CHANGE, *self.sides)
+
+    def _share(self, component: str, view: str) -> Estimate:
+        return self.change(component) if view == _CHANGE else self.recovered(component, view)
+
+    def _effect(self, component: str, view: str) -> Tensor:
+        if view == _CHANGE:
+            return self.effect(component, "tuned") - self.effect(component, "base")
+        return self.effect(component, view)
+
+    def plot(self) -> go.Figure:
+        """The first of the figures: for a pair the change."""
+        return next(iter(self.figures().values()))
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Per component a map by layer and position, or layer and head, of every model; for a pair the change first."""
+        return {f"{component}, {view}": self._map(component, view) for component in self.patched for view in self._views()}
+
+    def _map(self, component: str, view: str) -> go.Figure:
+        """A heatmap of one model, or of the change; in units of the metric where it cannot be normalised."""
+        sides = [self._side(s) for s in (self.sides if view == _CHANGE else (view,))]
+        whole = bool(self.resolved[sides].all())
+        gaps = (self.goal - self.start).mean(-1) if whole else torch.ones(len(self.sides))
+        effects = self.patched[component].mean(-1) - self.start.mean(-1)[:, None, None]
+        shares = effects / gaps[:, None, None]
+        values = shares[1] - shares[0] if view == _CHANGE else shares[sides[0]]
+        rounding = float((self.floor / gaps.abs())[sides].sum())
+        top = float(shares.abs().max())
+        limits = (-top, top) if view != _CHANGE and top > 0 and bool(self.resolved.all()) else None  # one scale for both models
+        heads = component in HEADS
+        return plots.heatmap(
+            values,
+            x=None if heads else self.positions,
+            title=f"{view}: {component} patched, {_WHAT[self.direction]} (n = {self.clean.shape[1]})",
+            xlabel=("head" if self.heads_at != "all" else "head, at all positions") if heads else "position",
+            ylabel="layer",
+            unit=f"share of {self.metric} recovered" if whole else f"change of {self.unit} (not normalised)",
+            floor=values.abs() <= rounding,  # also the exact 0 of a patch that cannot reach what is read
+            difference=True,
+            tokens="x" if self.by_token and not heads else "",
+            limits=limits,
+        )
+
+
+@analysis(version=1)
+def activation_patching(
+    model: HookedModel | ModelPair,
+    prompts: PromptPairs,
+    *,
+    sites: tuple[str, ...] = ("resid_pre", "attn_out", "mlp_out", "z"),
+    direction: Direction = "denoise",
+    metric: Metric | str = "logit_diff",
+    positions: tuple[str, ...] = (),
+    heads_at: str = "auto",
+    seed: int = 0,
+) -> ActivationPatchingResult:
+    """Which activations carry the answer from one prompt to the other, and did fine-tuning move them?
+
+    One activation at a time is copied from the run on one prompt of a pair into the run on the other (Meng et al.
+    2022, arXiv 2202.05262; practice: Heimersheim & Nanda 2024, arXiv 2404.15255). ``denoise`` copies clean into
+    corrupt and finds what suffices to restore the answer, ``noise`` copies corrupt into clean and finds what is
+    needed for it; they differ where parts back each other up. ``recovered`` = (patched - start) / (goal - start), a
+    ratio of means over prompts with a bootstrap interval, refused where clean and corrupt are within two standard
+    errors. A position is looked up in each prompt, so the two may differ in length. For a pair of models each is
+    patched with its own activations.
+
+    Args:
+        model: one model, or a pair to compare.
+        prompts: clean and corrupt prompts.
+        sites: what to patch: ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``, ``mlp_post`` by layer
+            and position, ``z``, ``q``, ``k``, ``v`` by layer and head.
+        direction: ``denoise`` or ``noise``.
+        metric: what counts as the answer; ``kl`` is measured from the clean run.
+        positions: named positions, or ``all`` for every token position, which needs prompts of one length. By default the
+            names that are one token in every prompt; every token position if the prompts name only END and have one length.
+        heads_at: ``all`` to patch heads at all positions at once, which needs clean and corrupt of one length; or a named position;
+            ``auto`` is ``all`` where the lengths allow it and END otherwise.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: an unknown site, position or metric; lengths that do not fit ``all``; clean and corrupt do not differ.
+    """
+    for component in sites:
+        if component not in STREAM + HEADS:
+            raise unknown("site to patch", component, STREAM + HEADS)
+    if not sites or len(set(sites)) < len(sites):
+        raise InputError(f"sites needs one name or several different ones, but it is {', '.join(sites) or 'empty'}")
+    if direction not in _WHAT:
+        raise InputError(f"direction must be denoise or noise, but it is {direction!r}")
+    judge = Metric.parse(metric)
+    clean, corrupt = _batches(model, prompts)
+    names, left_out = _positions(clean, corrupt, positions)
+    if heads_at == "auto":
+        heads_at = "all" if torch.equal(clean.lengths, corrupt.lengths) else "END"
+    into, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+    check(
+        [Site(c, 0, position=p) for c in sites for p in ([heads_at if heads_at != "all" else None] if c in HEADS else names)], into, source
+    )
+    ends = [_ends(m, prompts, clean, corrupt, judge, sites) for _, m in _sides(model)]
+    _refuse_if_alike(ends, judge, [side for side, _ in _sides(model)])
+    patched: dict[str, list[Tensor]] = {c: [] for c in sites}
+    rounding = []
+    for side, m in _sides(model):
+        reference = m.logits(clean, at=judge.position).cpu() if judge.needs_reference else None
+        reader = judge.reader(prompts, reference)
+        rounding.append(floor(m, into, reader))
+        for component in sites:
+            cells = _patches(m, component, names, heads_at)
+            flat = [site for row in cells for site in row]
+            values = sweep(m, into, flat, (m, source), reader, desc=f"{component}, {side}")
+            patched[component].append(values.reshape(len(cells), -1, len(into)))
+    return ActivationPatchingResult(
+        clean=torch.stack([e[0] for e in ends]),
+        corrupt=torch.stack([e[1] for e in ends]),
+        floor=torch.tensor(rounding),
+        patched={c: torch.stack(v) for c, v in patched.items()},
+        positions=_labels(model, clean, names),
+        by_token=any(isinstance(p, int) for p in names),
+        left_out=left_out,
+        heads_at=heads_at,
+        direction=direction,
+        metric=str(judge),
+        unit=judge.unit or str(judge),
+        draw_seed=seed,
+        labels={"side": tuple(side for side, _ in _sides(model))},
+    )
+
+
+def _sides(model: Any) -> list[tuple[str, HookedModel]] | Iterator[tuple[str, HookedModel]]:
+    return model.sides() if hasattr(model, "sides") else [("model", model)]
+
+
+def _batches(model: HookedModel | ModelPair, prompts: PromptPairs) -> tuple[Batch, Batch]:
+    if not isinstance(prompts, PromptPairs):
+        raise InputError(f"activation_patching needs clean and corrupt prompts (PromptPairs), not {type(prompts).__name__}")
+    return model.batch(prompts.clean), model.batch(prompts.corrupt)
+
+
+def _positions(clean: Batch, corrupt: Batch, wanted: Sequence[str]) -> tuple[list[str | int], tuple[str, ...]]:
+    """The positions to patch from left to right, and the named ones that cannot be."""
+    lengths = torch.cat([clean.lengths, corrupt.lengths]).unique().tolist()
+    single = {n for n in clean.positions if n in corrupt.positions and all(len(p) == 1 for b in (clean, corrupt) for p in b.at(n))}
+    if tuple(wanted) == ("all",) or (not wanted and single == {"END"} and len(lengths) == 1):
+        if len(lengths) > 1:
+            raise InputError(
+                f"positions=all needs prompts of one length, but these have {lengths[0]} to {lengths[-1]} tokens; use named positions"
+            )
+        return list(range(lengths[0])), ()
+    names = list(dict.fromkeys(wanted)) or list(single)
+    for name in names:
+        clean.index(name)
+        corrupt.index(name)
+    left_out = () if wanted else tuple(n for n in clean.positions if n not in single)
+    return sorted(names, key=lambda n: (float(clean.index(n).double().mean()), n)), left_out
+
+
+def _labels(model: HookedModel | ModelPair, clean: Batch, names: Sequence[str | int]) -> tuple[str, ...]:
+    """The names, or for token positions the token where all prompts agree."""
+    labels = []
+    for name in names:
+        ids = clean.ids[:, name].unique().tolist() if isinstance(name, int) else []
+        labels.append(str(name) if not isinstance(name, int) else spelled(model, ids)[0] if len(ids) == 1 else f"({name})")
+    return tuple(labels)
+
+
+def _ends(
+    m: HookedModel, prompts: PromptPairs, clean: Batch, corrupt: Batch, judge: Metric, components: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """The metric of the clean and of the corrupt run, once the model was seen to have the activations."""
+    m.capture(clean[:1], [Site(c, 0) for c in components])
+    reference = m.logits(clean, at=judge.position).cpu() if judge.needs_reference else None
+    reader = judge.reader(prompts, reference)
+    return run(m, clean, reader), run(m, corrupt, reader)
+
+
+def _refuse_if_alike(ends: Sequence[tuple[Tensor, Tensor]], judge: Metric, sides: Sequence[str]) -> None:
+    """Refuse when in no model clean and corrupt differ: no patch could then be judged. A single pair has no error to judge by."""
+    if not any(recovered(c, c, k).refused is None or (len(c) == 1 and bool(c != k)) for c, k in ends):
+        gaps = ", ".join(f"{_mean(clean - corrupt)} in {side}" for (clean, corrupt), side in zip(ends, sides, strict=True))
+        raise InputError(f"{judge} does not differ between clean and corrupt prompts ({gaps}), so there is nothing to recover")
+
+
+def _patches(m: HookedModel, component: str, names: Sequence[str | int], heads_at: str) -> list[list[Site]]:
+    """The site of every cell, [layer place]."""
+    layers = range(m.shape.n_layers)
+    if component in HEADS:
+        heads = m.shape.n_kv_heads if component in ("k", "v") else m.shape.n_heads
+        at = None if heads_at == "all" else heads_at
+        return [[Site(component, layer, head, at) for head in range(heads)] for layer in layers]
+    return [[Site(component, layer, position=p) for p in names] for layer in layers]
+
+
+def _largest(values: Tensor) -> tuple[int, int]:
+    layer, place = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
+    return layer, place
+
+
+def _at(sites: list[list[Site]], cell: tuple[int, int]) -> str:
+    return str(sites[cell[0]][cell[1]])
+
+
+def _cell(share: Estimate, cell: tuple[int, int]) -> str:
+    return f"{float(share.value[cell]):.2f} [{float(share.low[cell]):.2f}, {float(share.high[cell]):.2f}]"
+
+
+def _mean(values: Tensor) -> str:
+    error = f" +- {float(standard_error(values)):.2g}" if len(values) > 1 else ""
+    return f"{float(values.mean()):.3g}{error}"

@@ -1,0 +1,185 @@
+"""Noise beside numbers: standard errors, intervals, exact tests. Everything in float64.
+
+Resampling draws prompts with replacement, so a value and what it is compared with stay together (paired).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import InputError
+
+RESAMPLES = 2000
+_CHUNK = 2**23  # numbers of resampled means held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, or a tensor of numbers, with the ends of its interval.
+
+    Attributes:
+        value: the estimate, [...].
+        low: lower end of the interval, [...].
+        high: upper end, [...].
+        refused: why there is no estimate (then all three are NaN), else None.
+    """
+
+    value: Float[Tensor, "*cell"]
+    low: Float[Tensor, "*cell"]
+    high: Float[Tensor, "*cell"]
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        """``0.42 [0.31, 0.55]`` for a single number."""
+        if self.value.numel() != 1:
+            return f"estimates of shape {list(self.value.shape)}"
+        if self.refused:
+            return f"none ({self.refused})"
+        return f"{float(self.value):.3g} [{float(self.low):.3g}, {float(self.high):.3g}]"
+
+
+def _numbers(values: object, what: str) -> Tensor:
+    x = values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise InputError(f"{what} must be [prompt, ...] with at least one prompt, but its shape is {list(x.shape)}")
+    return x
+
+
+def standard_error(values: object) -> Float[Tensor, "*cell"]:
+    """Standard error of the mean over the first axis, [prompt, ...] -> [...]; NaN for a single prompt."""
+    x = _numbers(values, "values")
+    if x.shape[0] < 2:
+        return torch.full(x.shape[1:], math.nan, dtype=torch.float64)
+    return x.std(0, correction=1) / math.sqrt(x.shape[0])
+
+
+def resample_counts(n: int, seed: int, resamples: int = RESAMPLES) -> Float[Tensor, "resample prompt"]:
+    """How often each of ``n`` prompts is drawn in each resample; every row sums to n."""
+    draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+
+
+def bootstrap(values: object, *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES) -> Estimate:
+    """Mean over prompts with a percentile bootstrap interval (Efron 1979).
+
+    A difference of two sides on the same prompts is ``bootstrap(tuned - base)``.
+
+    Args:
+        values: [prompt, ...].
+        seed: of the resampling.
+        level: coverage of the interval.
+        resamples: number of resamples.
+
+    Returns:
+        Estimates [...]; a single prompt has NaN ends.
+    """
+    x = _numbers(values, "values")
+    return ratio_of_means(x, torch.ones(x.shape[0]), seed=seed, level=level, resamples=resamples)
+
+
+def ratio_of_means(numerator: object, denominator: object, *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES) -> Estimate:
+    """mean(numerator) / mean(denominator) over prompts, with an interval from resampling both together.
+
+    Args:
+        numerator: [prompt, ...].
+        denominator: [prompt], shared by all cells of the numerator.
+        seed: of the resampling.
+        level: coverage of the interval.
+        resamples: number of resamples.
+
+    Returns:
+        Estimates [...]; a single prompt has NaN ends.
+
+    Raises:
+        InputError: the two have different numbers of prompts, or the denominator is not [prompt].
+    """
+    top, bottom = _numbers(numerator, "numerator"), _numbers(denominator, "denominator")
+    if bottom.ndim != 1 or top.shape[0] != bottom.shape[0]:
+        raise InputError(f"a ratio of means needs [prompt, ...] over [prompt], but they are {list(top.shape)} and {list(bottom.shape)}")
+    if not 0 < level < 1:
+        raise InputError(f"the level of an interval lies between 0 and 1, but it is {level}")
+    value = top.mean(0) / bottom.mean()
+    if top.shape[0] < 2:
+        return Estimate(value, torch.full_like(value, math.nan), torch.full_like(value, math.nan))
+    counts = resample_counts(top.shape[0], seed, resamples)
+    below = (counts @ bottom)[:, None]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    columns = top.reshape(top.shape[0], -1).split(max(1, _CHUNK // resamples), dim=1)
+    low, high = torch.cat([torch.quantile(counts @ cells / below, ends, dim=0) for cells in columns], dim=1)
+    return Estimate(value, low.reshape(value.shape), high.reshape(value.shape))
+
+
+def recovered(patched: object, start: object, goal: object, *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES) -> Estimate:
+    """How far a patch moves a metric from ``start`` to ``goal``: mean(patched - start) / mean(goal - start).
+
+    A ratio of means over prompts, not a mean of ratios, so that prompts without an effect do not blow it up; the
+    interval resamples prompts. 0 is no effect, 1 the whole effect.
+
+    Args:
+        patched: metric under the patch, [prompt, ...].
+        start: metric of the run that is patched, [prompt].
+        goal: metric of the run the patch comes from, [prompt].
+        seed: of the resampling.
+        level: coverage of the interval.
+        resamples: number of resamples.
+
+    Returns:
+        Estimates [...]. Refused (NaN, with the reason) where mean(goal - start) is within two standard errors of 0,
+        or where one prompt gives no standard error.
+
+    Raises:
+        InputError: shapes that do not belong together.
+    """
+    p, s, g = _numbers(patched, "patched"), _numbers(start, "start"), _numbers(goal, "goal")
+    if s.ndim != 1 or s.shape != g.shape or p.shape[0] != s.shape[0]:
+        came = f"{list(s.shape)}, {list(g.shape)} and {list(p.shape)}"
+        raise InputError(f"recovered needs start and goal as [prompt] and patched as [prompt, ...], but they are {came}")
+    gap = g - s
+    mean, error = float(gap.mean()), float(standard_error(gap))
+    if not abs(mean) > 2 * error:
+        nothing = torch.full(p.shape[1:], math.nan, dtype=torch.float64)
+        why = (
+            "one prompt gives no standard error"
+            if len(gap) < 2
+            else f"goal - start is {mean:.3g}, within two standard errors ({error:.3g}) of 0"
+        )
+        return Estimate(nothing, nothing.clone(), nothing.clone(), why)
+    return ratio_of_means(p - s.reshape(-1, *[1] * (p.ndim - 1)), gap, seed=seed, level=level, resamples=resamples)
+
+
+def wilson(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a proportion k / n (Wilson 1927, score interval); (0, 1) when n is 0.
+
+    Raises:
+        InputError: k is not between 0 and n.
+    """
+    if not 0 <= k <= n:
+        raise InputError(f"{k} of {n} is no proportion")
+    if n == 0:
+        return 0.0, 1.0
+    z = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p value that two sides are right equally often (McNemar 1947, binomial form).
+
+    Args:
+        only_first: prompts that only the first gets right.
+        only_second: prompts that only the second gets right.
+    """
+    if only_first < 0 or only_second < 0:
+        raise InputError(f"counts of prompts cannot be negative: {only_first}, {only_second}")
+    n, few = only_first + only_second, min(only_first, only_second)
+    term, tail = 1, 0
+    for i in range(few + 1):  # exact integers: the sum of the binomial coefficients up to the smaller count
+        tail += term
+        term = term * (n - i) // (i + 1)
+    return min(1.0, 2 * tail / 2**n)
