@@ -192,6 +192,10 @@ def test_folders_that_are_no_model(folders, tmp_path) -> None:
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="is an adapter, not a model; give its base as the model"):
         resolve(tmp_path / "empty")
+    shutil.copy(folders["llama"] / "config.json", tmp_path / "empty")  # as some trainers leave it beside the adapter
+    with pytest.raises(InputError, match="is an adapter, not a model"):
+        resolve(tmp_path / "empty")
+    assert is_adapter(tmp_path / "empty") and not is_adapter(folders["llama"])
     folder = copy(folders["llama"], tmp_path / "odd")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))

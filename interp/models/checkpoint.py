@@ -347,6 +347,8 @@ def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     """
     if holds_adapter(folder):
         raise InputError(f"{folder} is an adapter, not a model; give its base as the model and this folder as its adapter")
+    if (folder / "adapter_config.json").is_file():  # transformers would put it on the model without being asked
+        raise InputError(f"{folder} holds a whole model and an adapter; keep them in two folders and give the second as the adapter")
     config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
@@ -462,12 +464,17 @@ def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: the folder has none.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(path)
     if not has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer; expected tokenizer.json, tokenizer.model or vocab.json with merges.txt")
     try:
+        if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+            named = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+            if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+                # AutoTokenizer overrules this for some model types and builds its own tokenizer around the vocabulary.
+                return PreTrainedTokenizerFast.from_pretrained(str(folder))
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error

@@ -95,12 +95,17 @@ class HookedModel(Editing):
         wanted = loading.read_dtype(dtype)
         folder = None if adapter is None else Path(adapter)
         if isinstance(what, HookedModel):
-            return what if folder is None else cls._adapted(what, folder, wanted, bos)
+            _taken_as_it_is(what.name, revision=(revision, None), bos=(bos, what._bos))
+            if folder is not None:
+                return cls._adapted(what, folder, wanted)
+            _taken_as_it_is(what.name, dtype=(wanted, what.dtype))
+            return what
         if isinstance(what, nn.Module):
             plain: Any = what
+            _taken_as_it_is(type(plain).__name__, revision=(revision, None), dtype=(None if folder else wanted, _dtype_of(plain)))
             name = getattr(plain.config, "_name_or_path", "") or type(plain).__name__
             model = cls(lambda: plain, shape_of(plain), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True)
-            return model if folder is None else cls._adapted(model, folder, wanted, bos)
+            return model if folder is None else cls._adapted(model, folder, wanted)
         place = loading.read_device(device)
         checkpoint = resolve(what, revision)
         stored = loading.stored_dtype(checkpoint)
@@ -126,10 +131,10 @@ class HookedModel(Editing):
             bos=bos,
             notes=notes,
         )
-        return model if folder is None else cls._adapted(model, folder, wanted, bos)
+        return model if folder is None else cls._adapted(model, folder, wanted)
 
     @classmethod
-    def _adapted(cls, base: HookedModel, folder: Path, dtype: torch.dtype | None, bos: Bos) -> HookedModel:
+    def _adapted(cls, base: HookedModel, folder: Path, dtype: torch.dtype | None) -> HookedModel:
         """``base`` with an adapter; shares with it every tensor the adapter leaves alone."""
         from interp.models.adapters import read_adapter
 
@@ -146,7 +151,7 @@ class HookedModel(Editing):
             checkpoint=base.checkpoint,
             adapter=folder,
             dtype=target,
-            bos=bos,
+            bos=base._bos,
             notes=base.notes,
         )
 
@@ -206,6 +211,13 @@ class HookedModel(Editing):
         wrapped = self.wrapped
         named = {name: wrapped.parameter(name).detach() for name, _ in wrapped.source.named_parameters()}
         return StateTensors(named, self.name)
+
+
+def _taken_as_it_is(name: str, **settings: tuple[Any, Any]) -> None:
+    """A model that exists already is not loaded anew; a setting that asks for something else would go unheard."""
+    for setting, (asked, given) in settings.items():
+        if asked not in (None, "auto", given):
+            raise InputError(f"{name} is taken as it is, with {setting} {given}; {setting}={asked} is for loading checkpoints")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -1,0 +1,354 @@
+"""The full comparison of a base and its tuned models: one table, gone through from top to bottom.
+
+``PLAN`` says which analyses run, on what, and how much of it at each effort. Importing this file
+imports nothing heavy: ``import interp`` does so.
+"""
+
+from __future__ import annotations
+
+import os
+import time as clock
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp.errors import InputError
+from interp.inputs import Loading, Session
+from interp.plan import Comparison, Gap, Row, Speed, Step, Work
+from interp.request import Effort, Request
+
+if TYPE_CHECKING:
+    from interp.results import Result
+
+
+def _patching(pairs: Any) -> dict[str, Any]:
+    """Without a distractor there is no difference of logits to restore."""
+    return {} if pairs.distractors is not None else {"metric": "answer_logprob"}
+
+
+PLAN = (
+    Row("pair_check", None, {}, lambda s: Work(passes=1, saved=2**16)),
+    Row("weight_delta", None, {}, lambda s: Work(passes=3, saved=2**18)),
+    Row(
+        "token_divergence",
+        "text",
+        {"quick": 16, "normal": 64, "full": 256},
+        lambda s: Work(tokens=2 * (s.prompts + 16) * s.length, saved=60 * s.prompts * s.length),
+    ),
+    Row(
+        "task_accuracy",
+        "task",
+        {"quick": 100, "normal": 200, "full": 1000},
+        lambda s: Work(tokens=6 * s.prompts * s.length, saved=200 * s.prompts),
+        draws=True,
+    ),
+    Row(
+        "activation_patching",
+        "best task",
+        {"quick": 8, "normal": 16, "full": 100},
+        lambda s: Work(tokens=2 * s.prompts * s.length * s.patches, saved=8 * s.prompts * s.patches),
+        settings=_patching,
+    ),
+)
+"""The comparison, in order. The cheap and certain comes first, so that what is there early is worth reading."""
+
+SHIPPED_TASKS = ("arithmetic", "ioi", "facts", "laundry_list(length=3)", "colored_objects", "boxes(n_boxes=3)")
+"""What shipped models are asked when no task is named."""
+
+
+PROSE = "plain_text(source=prose)"
+"""What other models read when no file is given."""
+
+LONG = 512
+"""A context that holds every piece of prose."""
+
+
+def compare(
+    base: Any = None,
+    tuned: Any = None,
+    *,
+    tasks: str | Sequence[str] = (),
+    prompts: str | os.PathLike[str] | None = None,
+    effort: Effort = "normal",
+    time: float | None = None,
+    only: str | Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    bos: str = "auto",
+    trust_remote_code: bool = False,
+) -> list[Result]:
+    """What did fine-tuning change? Everything the plan has to say about a base and its tuned models.
+
+    Args:
+        base: folder, Hub id, organism, Hugging Face model or ``HookedModel``; the shipped pair by default.
+        tuned: one such model, or a sequence of them.
+        tasks: tasks to score, as ``ioi`` or ``boxes(n_boxes=3)``.
+        prompts: file of your own texts, instead of the shipped plain text.
+        effort: ``quick``, ``normal`` or ``full``: how much data.
+        time: minutes; what would take longer in all is skipped, with a warning.
+        only: names of analyses; all by default.
+        out: folder for the results and ``report.html``. Results that are already there are not computed
+            again. None keeps nothing on disk and always computes.
+        report: another name for the page.
+        dtype: of the weights; as stored by default.
+        device: for both models, or two with a comma between them.
+        bos: ``auto``, ``always`` or ``never`` begin texts with the BOS token.
+        trust_remote_code: run code that comes with a checkpoint.
+
+    Returns:
+        The results, in the order of the plan. A step that cannot be done is a warning, and the others go on.
+
+    Raises:
+        InputError: a name or file is unknown, ``out`` cannot be written, or the models cannot be compared.
+    """
+    request = Request(
+        base=base,
+        tuned=() if tuned is None else tuple(tuned) if isinstance(tuned, list | tuple) else (tuned,),
+        tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
+        prompts=None if prompts is None else str(prompts),
+        effort=effort,
+        minutes=time,
+        only=(only,) if isinstance(only, str) else tuple(only),
+        out=None if out is None else Path(out),
+        report=None if report is None else Path(report),
+        loading=Loading(dtype, device, bos, trust_remote_code),
+    )
+    done = run(request)
+    for gap in done.gaps:
+        warnings.warn(f"{gap.what}: {gap.why}", stacklevel=2)
+    return list(done.results)
+
+
+def _silence(line: str) -> None:
+    """Tell nobody."""
+
+
+def run(request: Request, say: Callable[[str], None] = _silence, alarm: Callable[[str], None] = _silence) -> Comparison:
+    """Go through the plan and write the page.
+
+    Args:
+        request: what the user asked for.
+        say: takes the lines that tell a person how it goes.
+        alarm: takes the sentence about each step that could not be done, at once.
+
+    Raises:
+        InputError: as for ``compare``; also when not a single step gave a result.
+    """
+    return _Run(request.checked(tuple(row.analysis for row in PLAN)), say, alarm).all()
+
+
+class _Run:
+    """One comparison on its way."""
+
+    def __init__(self, request: Request, say: Callable[[str], None], alarm: Callable[[str], None]) -> None:
+        self.request, self.say, self.alarm = request, say, alarm
+        self.session = Session(request.loading)
+        self.results: list[Result] = []
+        self.gaps: list[Gap] = []
+        self.started = clock.monotonic()
+        self.speed: Callable[[], Speed] = lambda: Speed(0.0, 0.0)
+
+    def all(self) -> Comparison:
+        """Every pair, then the page."""
+        for tuned in self.request.tuned:
+            try:
+                self.pair(tuned)
+            except InputError as error:  # the models themselves: there is nothing to go on with
+                if len(self.request.tuned) == 1:
+                    raise
+                self.miss(Gap(str(tuned), str(error)))
+        if not self.results:
+            raise InputError("nothing could be computed; " + (str(self.gaps[0]) if self.gaps else "the plan is empty"))
+        return Comparison(tuple(self.results), tuple(self.gaps), self.page())
+
+    def pair(self, tuned: Any) -> None:
+        """All steps of one pair."""
+        pair = self.session.pair(self.request.base, tuned)
+        plan = [(row, self.steps(row, tuned)) for row in PLAN if not self.request.only or row.analysis in self.request.only]
+        self.speed = cache(lambda: Speed.of(pair) if any(row.source for row, _ in plan) else Speed(0.0, Speed.pass_over(pair)))
+        self.announce(pair.name, [step for row, steps in plan for step in (self.likely(steps) if row.source == "best task" else steps)])
+        found: list[Result] = []
+        for row, steps in plan:
+            for step in self.best(steps, found) if row.source == "best task" else steps:
+                if (result := self.step(step)) is not None:
+                    found.append(result)
+                    self.results.append(result)
+        pair.tuned.release()  # the next pair needs the memory; the base stays
+
+    def steps(self, row: Row, tuned: Any) -> list[Step]:
+        """The steps of a row; for the best task one per task that could be it."""
+        on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
+        n = row.prompts.get(self.request.effort, 0)
+        made = [Step(row, self.request.base, tuned, written, _at_most(n, written)) for written in on]
+        return [s for s in made if self.paired(s)] if row.source == "best task" else made
+
+    def text(self, tuned: Any) -> str:
+        """What the models read: the user's file, prose, or sentences of the grammar.
+
+        The grammar is what shipped models learned, and its sentences fit into any context.
+        """
+        if self.request.prompts is not None:
+            return self.request.prompts
+        short = self.session.pair(self.request.base, tuned).shape.n_ctx < LONG
+        return "plain_text" if self.request.shipped or short else PROSE
+
+    def pairs(self) -> list[str]:
+        """What may hold clean and corrupt prompts."""
+        return [*self.tasks, *([] if self.request.prompts is None else [self.request.prompts])]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the models are asked."""
+        return self.request.tasks or (SHIPPED_TASKS if self.request.shipped else ())
+
+    def paired(self, step: Step) -> bool:
+        """Whether prompts come as clean and corrupt with answers of one token."""
+        try:
+            prompts = self.session.prompts(step.on, self.session.pair(step.base, step.tuned), step.n)
+        except InputError:
+            return False  # its own step says why
+        return hasattr(prompts, "corrupt") and prompts.answers is not None
+
+    def likely(self, steps: Sequence[Step]) -> list[Step]:
+        """The step to show in the plan before anybody knows which task it will be."""
+        return [s for s in steps if self.known(s)][:1] or list(steps[:1])
+
+    def best(self, steps: Sequence[Step], found: Sequence[Any]) -> list[Step]:
+        """The step on the task that tuning taught best, out of those on which a model is above chance."""
+        accuracy = {r.task: r for r in found if r.meta.analysis == "task_accuracy"}
+        if not accuracy:  # no task was scored in this run: the first one that was named
+            return list(steps[:1])
+        able = [s for s in steps if s.on not in accuracy or bool(accuracy[s.on].above_chance.any())]
+        if not able:
+            for step in steps[:1]:
+                why = "neither model is above chance on a task with clean and corrupt prompts, so there is nothing to restore"
+                self.miss(Gap(step.row.analysis, why, failed=False, command=step.command(self.session)))
+            return []
+
+        def gain(step: Step) -> float:
+            scored = accuracy.get(step.on)  # a file of the user's own pairs has no accuracy
+            return 0.0 if scored is None else float(scored.accuracy[1] - scored.accuracy[0])
+
+        return [max(able, key=gain)]
+
+    def step(self, step: Step) -> Result | None:
+        """The result of one step: from the store, or computed and stored; None with a gap where there is none."""
+        from interp import analyses, store
+
+        start = clock.monotonic()
+        try:
+            function = analyses.find(step.row.analysis)
+            inputs, settings = step.arguments(self.session)
+            folder = self.kept(function, inputs, settings)
+            if folder is not None:
+                result = store.load(folder)
+            elif (why := self.too_long(step)) is not None:
+                self.miss(Gap(str(step), why, failed=False, command=step.command(self.session)))
+                return None
+            else:
+                result = step.stamped(function(*inputs, **settings), self.session)
+                if self.request.store is not None:
+                    store.save(result, self.request.store)
+        except InputError as error:
+            self.miss(Gap(str(step), str(error)))
+            return None
+        took = "already there" if folder is not None else f"{clock.monotonic() - start:.1f} s"
+        self.say(f"{step} ({took}): {result.summary()}")
+        return result
+
+    def kept(self, function: Any, inputs: Sequence[Any], settings: dict[str, Any]) -> Path | None:
+        """The folder of this very result, where an earlier run left it; no weights are loaded to find out."""
+        from interp import store
+
+        if self.request.store is None:
+            return None
+        meta = function.describe(*inputs, **settings)
+        return store.find(meta.analysis, meta.identity, self.request.store)
+
+    def known(self, step: Step) -> bool:
+        """Whether an earlier run left the result of a step."""
+        from interp import analyses
+
+        try:
+            return self.kept(analyses.find(step.row.analysis), *step.arguments(self.session)) is not None
+        except InputError:
+            return False  # running the step says why
+
+    def too_long(self, step: Step) -> str | None:
+        """Why a step does not fit into the time, None where it does."""
+        if self.request.minutes is None:
+            return None
+        left = self.request.minutes * 60 - (clock.monotonic() - self.started)
+        needs = self.speed().seconds(step.work(self.session))
+        return None if needs <= left else f"it would take about {duration(needs)}, and {duration(max(left, 0))} of --time are left"
+
+    def miss(self, gap: Gap) -> None:
+        """Remember a step without a result, and say so at once."""
+        self.gaps.append(gap)
+        if gap.failed:
+            self.alarm(f"{gap.what} could not be done: {gap.why}")
+        else:
+            self.say(f"left out: {gap}")
+
+    def announce(self, name: str, steps: Sequence[Step]) -> None:
+        """Print the plan with what each step takes."""
+        self.say(f"{name}: the plan, with effort {self.request.effort}")
+        total = 0.0
+        for step in steps:
+            if self.known(step):
+                self.say(f"  {step!s:58} already there")
+                continue
+            try:
+                work = step.work(self.session)
+            except InputError:
+                self.say(f"  {step!s:58} cannot be done")  # running it says why
+                continue
+            total += (needs := self.speed().seconds(work))
+            what = f"{step.row.analysis} on the task learned best" if step.row.source == "best task" else str(step)
+            self.say(f"  {what:58} about {duration(needs):>6}, saves {size(work.saved):>7}" + (f", n = {step.n}" if step.n else ""))
+        limit = "" if self.request.minutes is None else f" of the {duration(self.request.minutes * 60)} given"
+        self.say(f"  in all about {duration(total)}{limit}")
+
+    def page(self) -> Path | None:
+        """Write the report."""
+        if self.request.page is None:
+            return None
+        from interp.report import write_report
+        from interp.verdict import cautions, verdict
+
+        told, known = verdict(self.results), cautions(self.results)
+        known += [f"{gap.what} could not be done: {gap.why}" for gap in self.gaps if gap.failed]
+        for line in told:
+            self.say(line)
+        for line in known:
+            self.say(f"note: {line}")
+        names = " and ".join(dict.fromkeys(r.meta.models[-1]["name"] for r in self.results))
+        title = f"What fine-tuning changed: {self.results[0].meta.models[0]['name']} → {names}"
+        return write_report(self.results, self.request.page, title=title, verdict=told, warnings=known, plan=[str(g) for g in self.gaps])
+
+
+def _at_most(n: int, on: str) -> int:
+    """Fewer prompts where there are not as many: prose has an end."""
+    if on != PROSE:
+        return n
+    from interp.tasks.plain_text import prose
+
+    return min(n, len(prose()))
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """``64 kB``, ``1.2 MB``."""
+    power = next((i for i in range(3) if count < 1000 ** (i + 1)), 3)
+    value = count / 1000**power
+    return f"{value:.2g} {('B', 'kB', 'MB', 'GB')[power]}" if value < 10 else f"{value:.0f} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,44 @@
+"""Small models made to be studied: the ones that ship with the package, and how they were trained.
+
+The light part: names and folders without torch. ``training`` and ``recipes`` make organisms, ``planted``
+makes changes with a known answer on any model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from interp.data_files import data_path
+from interp.names import unknown
+
+# Bound to the function, not to the file of the same name, because the file has been imported once it runs.
+from interp.organisms.planted import planted
+
+__all__ = ["card", "folder", "names", "planted", "shipped_pair"]
+
+
+def names() -> list[str]:
+    """Names of the organisms that ship with the package; ``HookedModel.load(name)`` loads one."""
+    root = data_path("organisms")
+    return sorted(path.parent.name for path in root.glob("*/config.json"))
+
+
+def folder(name: str) -> Path:
+    """Folder of a shipped organism, readable by ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        InputError: no organism has this name; the nearest names are given.
+    """
+    if name not in names():
+        raise unknown("organism", name, names())
+    return data_path("organisms", name)
+
+
+def shipped_pair() -> tuple[str, str]:
+    """Names of a base and its tuned version, for trying things on."""
+    return "base", "tuned-arithmetic"
+
+
+def card(name: str) -> str:
+    """The model card of an organism, in Markdown: what it was trained on, how, and what it can do."""
+    return (folder(name) / "README.md").read_text()

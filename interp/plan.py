@@ -1,0 +1,236 @@
+"""The parts of a plan: rows, the steps they become, what a step takes and how fast the machine is."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from interp.inputs import Session, stamp
+
+if TYPE_CHECKING:
+    from interp.models import HookedModel, ModelPair
+    from interp.results import Result
+
+_SECONDS_PER_WEIGHT = 2e-8  # read, subtracted and factorised on one core
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the work of a step depends on.
+
+    Attributes:
+        prompts: how many.
+        length: of a prompt in tokens, on average.
+        places: named positions of a prompt.
+        layers: of the model.
+        heads: of a layer.
+    """
+
+    prompts: int = 0
+    length: float = 0
+    places: int = 1
+    layers: int = 1
+    heads: int = 1
+
+    @property
+    def patches(self) -> int:
+        """Runs of activation patching: three parts of the stream at every place, and every head."""
+        return self.layers * (3 * self.places + self.heads)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step takes, roughly: enough to tell minutes from hours.
+
+    Attributes:
+        tokens: how many tokens go through a model, all runs together.
+        passes: how many times all weights of a model are read and factorised.
+        saved: bytes of the result on disk.
+    """
+
+    tokens: float = 0
+    passes: float = 0
+    saved: float = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan.
+
+    Attributes:
+        analysis: its name; its first input is the pair.
+        source: where its second input comes from: ``text`` (the user's prompts or shipped plain text),
+            ``task`` (one step per task), ``best task`` (the one that tuning taught best), or none.
+        prompts: number of prompts at each effort.
+        work: what a step takes.
+        draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
+        settings: those that differ from the analysis's own defaults, by the prompts at hand.
+    """
+
+    analysis: str
+    source: Literal["text", "task", "best task"] | None
+    prompts: Mapping[str, int]
+    work: Callable[[Sizes], Work]
+    draws: bool = False
+    settings: Callable[[Any], dict[str, Any]] = lambda prompts: {}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A step without a result, and why.
+
+    Attributes:
+        what: analysis and inputs, for a person.
+        why: one sentence.
+        failed: it could not be done; False where it was only left out.
+        command: how to run it alone.
+    """
+
+    what: str
+    why: str
+    failed: bool = True
+    command: str = ""
+
+    def __str__(self) -> str:
+        """For the page: a sentence, and the command on a line of its own."""
+        return f"{self.what}: {self.why}" + (f"\n{self.command}" if self.command else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison gave: results in the order of the plan, pair by pair, and the steps without one."""
+
+    results: tuple[Result, ...]
+    gaps: tuple[Gap, ...]
+    page: Path | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One analysis of one pair.
+
+    Attributes:
+        row: its line of the plan.
+        base: what was written for the base.
+        tuned: what was written for the tuned model.
+        on: what was written for its prompts or its task; empty for weights.
+        n: number of prompts.
+    """
+
+    row: Row
+    base: Any
+    tuned: Any
+    on: str = ""
+    n: int = 0
+
+    def __str__(self) -> str:
+        """Analysis and input, for a person."""
+        return self.row.analysis + (f" on {self.on}" if self.on else "")
+
+    def arguments(self, session: Session) -> tuple[list[Any], dict[str, Any]]:
+        """Inputs and settings of the call.
+
+        Raises:
+            InputError: the models do not pair, or the prompts do not fit their tokenizer.
+        """
+        from interp.tasks import task
+
+        pair = session.pair(self.base, self.tuned)
+        if self.row.source is None:
+            return [pair], {}
+        if self.row.draws:
+            return [pair, task(self.on)], {"n": self.n}
+        prompts = session.prompts(self.on, pair, self.n)
+        if self.row.source == "text":
+            return [pair, getattr(prompts, "clean", prompts)], {}
+        return [pair, prompts], self.row.settings(prompts)
+
+    def stamped(self, result: Result, session: Session) -> Result:
+        """The result with what was written for its inputs."""
+        models = {side: what for side, what in (("base", self.base), ("tuned", self.tuned)) if isinstance(what, str)}
+        return stamp(result, session.loading, models, prompts=self.on if self.row.source else "", n=self.n or None)
+
+    def work(self, session: Session) -> Work:
+        """What it takes, from the lengths of its prompts."""
+        shape = session.pair(self.base, self.tuned).shape
+        if not self.on:
+            return self.row.work(Sizes(layers=shape.n_layers, heads=shape.n_heads))
+        prompts = session.prompts(self.on, session.pair(self.base, self.tuned), self.n)
+        some: Any = getattr(prompts, "clean", prompts)
+        length = sum(len(ids) for ids in some.ids) / len(some)
+        places = sum(all(len(p) == 1 for p in where) for where in some.positions.values())
+        return self.row.work(Sizes(len(some), length, places, shape.n_layers, shape.n_heads))
+
+    def command(self, session: Session) -> str:
+        """The line that runs this step alone; empty for models that are objects."""
+        if not (isinstance(self.base, str) and isinstance(self.tuned, str)):
+            return ""
+        words = ["interp", "run", self.row.analysis, f"--base={self.base}", f"--tuned={self.tuned}", *session.loading.flags()]
+        if self.row.draws:
+            words += [f"--task={self.on}", f"--n={self.n}"]
+        elif self.on:
+            words += [f"--prompts={self.on}", f"--prompts-n={self.n}"]
+            words += [f"--{name.replace('_', '-')}={value}" for name, value in self.arguments(session)[1].items()]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a model is here, from a timed forward pass.
+
+    Attributes:
+        token: seconds per token.
+        weights: seconds per pass over all weights.
+    """
+
+    token: float
+    weights: float
+
+    @classmethod
+    def of(cls, pair: ModelPair) -> Speed:
+        """Time the base on a few prompts of made-up tokens; both models are in memory afterwards.
+
+        Raises:
+            InputError: a model cannot be loaded.
+        """
+        for _, model in pair.sides():
+            _timed(model, 1, 8, 1)  # loads and warms up
+        rows, length = 1, min(32, pair.shape.n_ctx)
+        seconds = _timed(pair.base, rows, length)
+        if seconds < 0.1:  # a small model is as fast on more, which tells its speed from its overhead
+            rows, length = 8, min(128, pair.shape.n_ctx)
+            seconds = _timed(pair.base, rows, length)
+        token = seconds / (rows * length)
+        return cls(token, cls.pass_over(pair))
+
+    @staticmethod
+    def pass_over(pair: ModelPair) -> float:
+        """Seconds per pass over all weights, from their number."""
+        shape = pair.shape
+        attention = shape.d_head * 2 * (shape.n_heads + shape.n_kv_heads)
+        rows = shape.n_layers * (attention + shape.d_mlp * (3 if shape.gated else 2)) + shape.d_vocab * (1 if shape.tied else 2)
+        return _SECONDS_PER_WEIGHT * shape.d_model * rows
+
+    def seconds(self, work: Work) -> float:
+        """How long a step will take, roughly."""
+        return work.tokens * self.token + work.passes * self.weights
+
+
+def _timed(model: HookedModel, rows: int, length: int, times: int = 3) -> float:
+    """Seconds of a forward pass on made-up tokens: the fastest of a few, unless a single one takes long."""
+    from interp.models import Batch
+
+    length = min(length, model.shape.n_ctx)
+    batch = Batch.of([[(7 * i + j) % model.shape.d_vocab for j in range(length)] for i in range(rows)])
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        model.logits(batch, at="END")
+        best = min(best, time.perf_counter() - start)
+        if best > 2:
+            break
+    return best

@@ -1,0 +1,227 @@
+"""What a comparison says in sentences: made from the numbers of its results, each with its noise.
+
+Per pair: who is compared, how large the change is in weights and in behaviour, what was gained and
+forgotten, and where in the weights it sits. And what a reader must know before believing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interp.analyses.activation_patching import ActivationPatchingResult
+    from interp.analyses.pair_check import PairCheckResult
+    from interp.analyses.task_accuracy import TaskAccuracyResult
+    from interp.analyses.token_divergence import TokenDivergenceResult
+    from interp.analyses.weight_delta import WeightDeltaResult
+    from interp.results import Result
+
+FEW_TEXTS = 30
+"""Fewer texts than this give a standard error that is itself uncertain by more than an eighth."""
+
+FEW_PAIRS = 10
+"""Fewer pairs of prompts than this leave the interval of what a patch recovers to chance."""
+
+FEW_QUESTIONS = 100
+"""Fewer questions than this leave an accuracy uncertain by up to ten points either way."""
+
+SIGNIFICANT = 0.05
+
+
+def verdict(results: Sequence[Result]) -> list[str]:
+    """Sentences that answer the question, pair by pair."""
+    pairs = by_pair(results)
+    told = []
+    for name, found in pairs.items():
+        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found)]
+        told += [f"{name}: {sentences[0]}", *sentences[1:]] if len(pairs) > 1 and sentences else sentences
+    return told
+
+
+def cautions(results: Sequence[Result]) -> list[str]:
+    """What a reader must know before believing the numbers, pair by pair."""
+    pairs = by_pair(results)
+    told = []
+    for name, found in pairs.items():
+        lines = [*_pair_cautions(found), *_rounding(found), *_small(found), *_silent(found)]
+        told += [f"{name}: {line}" for line in lines] if len(pairs) > 1 else lines
+    return told
+
+
+def by_pair(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each pair, by the names of its models; with a fingerprint where two pairs have the same names."""
+    weights: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        weights.setdefault(tuple(m["fingerprint"] for m in result.meta.models), []).append(result)
+    names = {key: " -> ".join(m["name"] for m in found[0].meta.models) for key, found in weights.items()}
+    alike = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {names[key] + (f" ({key[-1][:8]})" if names[key] in alike else ""): found for key, found in weights.items()}
+
+
+def _of(found: Sequence[Any], analysis: str) -> list[Any]:
+    return [r for r in found if r.meta.analysis == analysis]
+
+
+def _identity(found: Sequence[Any]) -> Iterator[str]:
+    for check in _of(found, "pair_check"):
+        r: PairCheckResult = check
+        base, tuned = (r.card["name"][side] for side in ("base", "tuned"))
+        yield (
+            f"{base} and {tuned} are {r.card['architecture']['base']} models with {r.card['parameters']['base']} weights in "
+            f"{r.card['dtype']['base']}; {r.guess}."
+        )
+
+
+def _size(found: Sequence[Any]) -> Iterator[str]:
+    """Two axes: how far the weights moved, and how far the predictions."""
+    for delta in _of(found, "weight_delta"):
+        w: WeightDeltaResult = delta
+        share = f"The weights moved by {_percent(w.total)} of their norm (rounding to {w.dtype} alone: {_percent(w.total_floor)})"
+        yield share + (": no weight moved more than rounding explains." if bool(w.under_floor.all()) else ".")
+    for divergence in _of(found, "token_divergence"):
+        yield _behaviour(divergence)
+
+
+def _behaviour(t: TokenDivergenceResult) -> str:
+    """The change of predictions on running text, and what was forgotten there."""
+    from interp.analyses.token_divergence import mean_and_error
+
+    kl, error = mean_and_error(t.kl)
+    n = len(t.kl)
+    size = f"On {n} plain texts the predictions moved by {kl:.3g}{_pm(error)} nats per token (KL; numerical floor {t.numerical_floor:.1g})"
+    if kl <= t.numerical_floor:
+        return f"{size}: no more than rounding."
+    if t.kl.shape[1] < 2 or bool(t.nll_change.isnan().all()):
+        return f"{size}."
+    change, noise = mean_and_error(t.nll_change)
+    if noise is None:
+        return f"{size}, and the tuned model's loss there changed by {change:+.3g} nats per token (one text: no error bar)."
+    if abs(change) <= 2 * noise:
+        return f"{size}, without forgetting that shows: its loss there changed by {change:+.3g}{_pm(noise)} nats per token."
+    what = "the tuned model forgot some of that" if change > 0 else "the tuned model became better at that"
+    return f"{size}, and {what}: its loss there changed by {change:+.3g}{_pm(noise)} nats per token."
+
+
+def _ledger(found: Sequence[Any]) -> Iterator[str]:
+    """What was gained, lost and left as it was, task by task."""
+    tasks: list[TaskAccuracyResult] = _of(found, "task_accuracy")
+    known = [t for t in tasks if bool(t.above_chance.any())]
+    for word, wanted in (("learned", 1), ("lost", -1)):
+        moved = [t for t in known if _direction(t) == wanted]
+        if moved:
+            moved.sort(key=lambda t: -abs(float(t.accuracy[1] - t.accuracy[0])))
+            yield f"Tuning {word} {_join([_accuracies(t) for t in moved])}."
+    if same := [t for t in known if _direction(t) == 0]:
+        yield f"No change beyond noise on {_join([_accuracies(t) for t in same])}."
+    if lost := at_chance(found):
+        yield f"Both models are at chance on {_join(lost)}: these tasks say nothing about the tuning."
+
+
+def at_chance(found: Sequence[Any]) -> list[str]:
+    """The tasks on which neither model is above chance."""
+    return [t.task for t in _of(found, "task_accuracy") if not bool(t.above_chance.any())]
+
+
+def _direction(t: TaskAccuracyResult) -> int:
+    """1 where accuracy rose, -1 where it fell, 0 where the exact test cannot tell."""
+    if t.p_value >= SIGNIFICANT:
+        return 0
+    return 1 if t.pfr > t.nfr else -1
+
+
+def _accuracies(t: TaskAccuracyResult) -> str:
+    from interp.stats import bootstrap
+
+    before, after = t.accuracy.tolist()
+    change = bootstrap((t.right[1].double() - t.right[0].double()), seed=0)
+    chance = "" if t.chance is None else f", chance {t.chance:.0%}"
+    return (
+        f"{t.task} ({before:.0%} to {after:.0%}, change {100 * float(change.value):+.0f} [{100 * float(change.low):+.0f}, "
+        f"{100 * float(change.high):+.0f}] points; {int(t.gained.sum())} gained, {int(t.lost.sum())} lost, n = {t.right.shape[1]}{chance})"
+    )
+
+
+def _place(found: Sequence[Any]) -> Iterator[str]:
+    """Where the change sits: in the weights, then in the activations."""
+    for delta in _of(found, "weight_delta"):
+        w: WeightDeltaResult = delta
+        order = w.change.nan_to_num(0).argsort(descending=True).tolist()
+        whole = float(w.change.square().nansum())
+        if whole == 0 or bool(w.under_floor.all()):
+            continue
+        half, kept = 0.0, []
+        for i in order:
+            kept.append(w.names[i])
+            half += float(w.change[i]) ** 2 / whole
+            if half >= 0.5:
+                break
+        shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        matrices = (~w.stable_rank.isnan() & ~w.under_floor & w.relative.isfinite()).nonzero().flatten().tolist()
+        top = max(matrices, key=lambda i: float(w.relative[i]), default=None)
+        most = "" if top is None else f"; relative to its size {w.names[top]} changed most ({_percent(float(w.relative[top]))})"
+        yield f"Half of the squared change is in {len(kept)} of {len(w.names)} weights: {shown}{most}."
+    for patching in _of(found, "activation_patching"):
+        p: ActivationPatchingResult = patching
+        yield f"Patching: {p.summary()}" + ("" if p.summary().endswith(".") else ".")
+
+
+def _pair_cautions(found: Sequence[Any]) -> Iterator[str]:
+    for check in _of(found, "pair_check"):
+        r: PairCheckResult = check
+        yield from r.warnings
+        yield from (item["says"] for item in r.items if item["item"] in ("chat template", "special tokens") and item["status"] == "note")
+
+
+def _rounding(found: Sequence[Any]) -> Iterator[str]:
+    """Where the dtype's rounding is as large as what is measured."""
+    for delta in _of(found, "weight_delta"):
+        w: WeightDeltaResult = delta
+        under = int((w.under_floor & (w.change > 0)).sum())
+        moved = int((w.change > 0).sum())
+        if moved and 2 * under > moved:
+            yield f"Rounding to {w.dtype} explains the change of {under} of the {moved} weights that differ; they are grey in the figures."
+    for divergence in _of(found, "token_divergence"):
+        t: TokenDivergenceResult = divergence
+        share = float((t.kl <= t.numerical_floor)[~t.kl.isnan()].double().mean())
+        if share > 0.5:
+            yield f"The predictions of {share:.0%} of the tokens differ by less than the numerical floor."
+    for accuracy in _of(found, "task_accuracy"):
+        a: TaskAccuracyResult = accuracy
+        flips, noise = int(a.gained.sum() + a.lost.sum()), int(a.jitter.max())
+        if noise and noise * 2 > flips:
+            yield f"On {a.task} rounding alone flips {noise} answers, and tuning flips {flips}."
+
+
+def _small(found: Sequence[Any]) -> Iterator[str]:
+    """Numbers that rest on few prompts."""
+    few = [f"{r.meta.analysis} has {len(r.kl)} texts" for r in _of(found, "token_divergence") if len(r.kl) < FEW_TEXTS]
+    few += [f"{r.task} has {r.right.shape[1]} questions" for r in _of(found, "task_accuracy") if r.right.shape[1] < FEW_QUESTIONS]
+    few += [f"activation patching has {r.clean.shape[1]} pairs" for r in _of(found, "activation_patching") if r.clean.shape[1] < FEW_PAIRS]
+    if few:
+        yield f"Small samples: {_join(few)}; --effort full takes more."
+
+
+def _silent(found: Sequence[Any]) -> Iterator[str]:
+    """What could not be seen at all."""
+    ran = {r.meta.analysis for r in found}
+    if "token_divergence" in ran and "task_accuracy" not in ran:
+        yield "No task was scored, so nothing here says what the tuned model can do now that it could not before; name tasks with --task."
+    for patching in _of(found, "activation_patching"):
+        p: ActivationPatchingResult = patching
+        for side, resolved in zip(p.sides, p.resolved.tolist(), strict=True):
+            if not resolved:
+                yield f"Clean and corrupt prompts are too close in {side} to say what share of their difference a patch recovers."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _pm(error: float | None) -> str:
+    return "" if error is None else f" +- {error:.1g}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

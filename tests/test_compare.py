@@ -1,0 +1,329 @@
+"""The full comparison: its plan, what it keeps, what it says, and that nothing is lost when it is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny_pairs import copied, pair_of_prompts, save_pair, written
+
+import interp
+from interp.analyses import ANALYSES
+from interp.cli import main
+from interp.cli.parsers import parse
+from interp.compare import PLAN, SHIPPED_TASKS, duration, size
+from interp.errors import InputError
+from interp.plan import Gap, Row, Sizes, Speed, Step, Work
+from interp.request import Request
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPARE = sys.modules["interp.compare"]  # `interp.compare` itself is the function
+FEW = {"token_divergence": 4, "task_accuracy": 20, "activation_patching": 2}
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The plan with a handful of prompts at every effort."""
+    rows = tuple(dataclasses.replace(row, prompts={k: FEW[row.analysis] for k in row.prompts}) for row in PLAN)
+    monkeypatch.setattr(COMPARE, "PLAN", rows)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main(["compare", *(str(w) for w in words)])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    return written(tmp_path / "pairs.jsonl", *[pair_of_prompts()] * 3)
+
+
+def names_of(results) -> list[str]:
+    return [r.meta.analysis for r in results]
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def test_the_plan_names_analyses_and_every_effort() -> None:
+    assert [row.analysis for row in PLAN] == list(ANALYSES)
+    for row in PLAN:
+        assert (row.source is None) == (not row.prompts) and set(row.prompts) <= {"quick", "normal", "full"}
+        if row.prompts:
+            assert row.prompts["quick"] < row.prompts["normal"] < row.prompts["full"]
+        more, less = (row.work(Sizes(prompts=n, length=9, places=2, layers=3, heads=4)) for n in (20, 10))
+        assert more.tokens >= less.tokens and more.saved > 0
+
+
+def test_patches_are_counted_as_they_are_run() -> None:
+    # 3 layers x (3 parts of the stream x 2 places + 4 heads) = 30 runs of 5 prompts of 7 tokens in 2 models
+    assert Sizes(prompts=5, length=7, places=2, layers=3, heads=4).patches == 30
+    assert PLAN[-1].work(Sizes(5, 7, 2, 3, 4)).tokens == 2 * 30 * 5 * 7
+
+
+def test_shipped_tasks_exist_and_have_scores() -> None:
+    assert Request(base="b", tuned=("t",), tasks=SHIPPED_TASKS).checked(ANALYSES).tasks == SHIPPED_TASKS
+
+
+def test_speed_adds_up() -> None:
+    assert Speed(token=0.5, weights=10.0).seconds(Work(tokens=4, passes=3)) == 32.0
+    assert [duration(s) for s in (0.04, 12.3, 600, 9000)] == ["0.04 s", "12 s", "10 min", "2.5 h"]
+    assert [size(b) for b in (12, 65536, 2.5e6, 3e10)] == ["12 B", "66 kB", "2.5 MB", "30 GB"]
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, monkeypatch) -> None:
+    words = (*pair, "--task=ioi", "--prompts", pairs_file, "--out=o")
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
+    assert sorted(f.parent.name for f in folders) == sorted(ANALYSES)
+    page = Path("o/report.html").read_text()
+    for part in ("The weights moved by", "L1.W_out", "Both models are at chance on ioi", "Small samples", 'class="verdict"'):
+        assert part in page, part
+    told = json.loads(Path("o/report.json").read_text())
+    assert [r["analysis"] for r in told["results"]] == list(ANALYSES) and told["verdict"] and told["warnings"]
+    for result in told["results"]:  # every command of the page can be read back
+        assert parse(result["command"][1:]).analysis == result["analysis"]
+        assert f"--base={pair[0]}" in result["command"]
+    assert "the plan" in out and "about" in out and "n = 20" in out and "activation_patching on the task learned best" in out
+
+    stamps = {f: (f / "result.json").stat().st_mtime_ns for f in folders}
+    monkeypatch.setattr(Speed, "of", lambda pair: pytest.fail("no weights are loaded when everything is there"))
+    code, out, _ = cli(*words)
+    assert code == 0 and out.count("(already there)") == 5 and out.count("already there\n") == 5
+    assert {f: (f / "result.json").stat().st_mtime_ns for f in folders} == stamps
+
+
+def test_python_returns_results_and_writes_nothing(pair, small, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = interp.compare(str(pair[0]), str(pair[1]), only=("pair_check", "token_divergence"))
+    assert names_of(results) == ["pair_check", "token_divergence"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_in_memory_are_compared_and_have_no_command(pair, small, tmp_path) -> None:
+    base, tuned = (interp.HookedModel.load(str(p)) for p in pair)
+    from small_tokenizers import tokenizer
+    from transformers import AutoModelForCausalLM
+
+    plain = interp.HookedModel.load(AutoModelForCausalLM.from_pretrained(pair[1]), tokenizer=tokenizer("byte_level"))
+    results = interp.compare(base, [tuned, plain], only="token_divergence", out=tmp_path)
+    assert len(results) == 2 and results[0].kl.nanmean() == results[1].kl.nanmean()
+    assert not results[1].meta.replayable
+
+
+def test_several_tuned_models_are_all_on_the_page(cli, pair, small, tmp_path) -> None:
+    other = copied(pair[0], tmp_path / "same")
+    code, out, _ = cli(pair[0], pair[1], other, "--only=pair_check,weight_delta", "--out=o")
+    assert code == 0
+    told = json.loads(Path("o/report.json").read_text())
+    assert [r["meta"]["models"][1]["name"] for r in told["results"]] == ["tuned", "tuned", "same", "same"]
+    assert any(s.startswith("base -> tuned: ") for s in told["verdict"]) and any(s.startswith("base -> same: ") for s in told["verdict"])
+    assert "identical" in " ".join(told["verdict"]) and "tuned and same" in told["title"]
+
+
+def test_two_tuned_models_of_one_name_are_told_apart(cli, pair, small, tmp_path) -> None:
+    twin = copied(pair[0], tmp_path / "tuned")
+    code, _, _ = cli(pair[0], pair[1], twin, "--only=pair_check", "--out=o")
+    starts = [s.split(": ")[0] for s in json.loads(Path("o/report.json").read_text())["verdict"]]
+    assert code == 0 and len(set(starts)) == 2 and all(s.startswith("base -> tuned (") for s in starts)
+
+
+# ---------------------------------------------------------------------------- what cannot be done
+
+
+def test_one_step_that_fails_leaves_the_others(cli, pair, small) -> None:
+    written(Path("long.jsonl"), "The ring " * 200)
+    code, out, err = cli(*pair, "--prompts=long.jsonl", "--only=weight_delta,token_divergence", "--out=o")
+    assert code == 1
+    assert (
+        err.count("\n") == 1 and err.startswith("interp: token_divergence on long.jsonl could not be done: ") and "context holds 128" in err
+    )
+    told = json.loads(Path("o/report.json").read_text())
+    assert [r["analysis"] for r in told["results"]] == ["weight_delta"]
+    assert any("token_divergence" in w and "context holds 128" in w for w in told["warnings"])
+    assert "context holds 128" in Path("o/report.html").read_text()
+    with pytest.warns(UserWarning, match="context holds 128"):
+        results = interp.compare(str(pair[0]), str(pair[1]), prompts="long.jsonl", only=("weight_delta", "token_divergence"))
+    assert names_of(results) == ["weight_delta"]
+
+
+def test_one_pair_that_is_refused_leaves_the_others(cli, pair, small, tmp_path) -> None:
+    other, _ = save_pair(tmp_path / "deep", num_hidden_layers=2)
+    code, _, err = cli(pair[0], other, pair[1], "--only=pair_check", "--out=o")
+    assert code == 1 and err.count("\n") == 1 and "number of layers" in err
+    assert len(json.loads(Path("o/report.json").read_text())["results"]) == 1
+
+
+def test_nothing_at_all_is_one_line_and_two(cli, pair, small) -> None:
+    written(Path("long.jsonl"), "The ring " * 200)
+    code, _, err = cli(*pair, "--prompts=long.jsonl", "--only=token_divergence", "--out=o")
+    assert code == 2 and "nothing could be computed" in err.splitlines()[-1] and not Path("o/report.html").exists()
+
+
+def test_a_bug_is_not_taken_for_bad_input(pair, small, monkeypatch) -> None:
+    def broken(name: str):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(interp.analyses, "find", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        interp.compare(str(pair[0]), str(pair[1]), only="pair_check")
+
+
+def test_steps_that_take_too_long_are_left_out_with_their_command(cli, pair, small, pairs_file, monkeypatch) -> None:
+    monkeypatch.setattr(Speed, "of", lambda pair: Speed(token=1.0, weights=0.0))
+    code, out, err = cli(*pair, "--task=ioi", "--prompts", pairs_file, "--time=5", "--out=o", "--dtype=float32")
+    assert (code, err) == (0, "")
+    told = json.loads(Path("o/report.json").read_text())
+    assert {r["analysis"] for r in told["results"]} == {"pair_check", "weight_delta", "token_divergence"}
+    assert len(told["plan"]) == 2 and "of the 5 min given" in out
+    for entry in told["plan"]:
+        sentence, command = entry.split("\n")
+        assert "it would take about" in sentence and command in out
+        args = parse([w.strip("'") for w in command.split()[1:]])
+        assert args.analysis in sentence and args.base == str(pair[0]) and args.dtype == "float32"
+    assert not any("could not be done" in w for w in told["warnings"])
+
+
+def test_the_command_of_a_step_gives_the_result_the_plan_would(cli, pair, small, pairs_file) -> None:
+    from interp import store
+    from interp.inputs import Session
+
+    assert cli(*pair, "--prompts", pairs_file, "--only=activation_patching,token_divergence", "--out=o")[0] == 0
+    for row, n in ((PLAN[2], 4), (PLAN[4], 2)):
+        step = Step(row, str(pair[0]), str(pair[1]), str(pairs_file), n)
+        words = step.command(Session()).split()[1:]
+        assert main([*words, "--out=alone"]) == 0
+        (one,), (other,) = (store.saved(Path(o) / "results" / row.analysis) for o in ("o", "alone"))
+        assert one.name == other.name
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"only": ("wieght_delta",)}, "weight_delta"),
+        ({"effort": "ful"}, "full"),
+        ({"minutes": 0.0}, "more than 0"),
+        ({"tasks": ("iou",)}, "ioi"),
+        ({"tasks": ("plain_text",)}, "no right answers"),
+        ({"prompts": "nothing.jsonl"}, "no file nothing.jsonl"),
+        ({"prompts": "iou"}, "ioi"),
+        ({"tuned": ()}, "at least one tuned"),
+    ],
+)
+def test_requests_that_make_no_sense(change: dict, message: str) -> None:
+    request = dataclasses.replace(Request(base="a", tuned=("b",)), **change)
+    with pytest.raises(InputError, match=message):
+        request.checked(ANALYSES)
+
+
+def test_tasks_are_read_into_their_text_form_once() -> None:
+    request = Request(base="a", tuned=("b",), tasks=("boxes(n_boxes = 3)", "boxes(n_boxes=3)"))
+    assert request.checked(ANALYSES).tasks == ("boxes(n_boxes=3)",)
+
+
+def test_without_models_it_is_the_shipped_pair() -> None:
+    from interp.organisms import shipped_pair
+
+    request = Request().checked(ANALYSES)
+    assert (request.base, *request.tuned) == shipped_pair()
+
+
+# -------------------------------------------------------------------------------------- best task
+
+
+def scored(task: str, before: float, after: float, chance: float = 0.5, above: bool = True):
+    import torch
+
+    accuracy, known = torch.tensor([before, after]), torch.tensor([False, above])
+    return SimpleNamespace(meta=SimpleNamespace(analysis="task_accuracy"), task=task, accuracy=accuracy, above_chance=known, chance=chance)
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ([], ["a"]),  # nothing scored: the first that was named
+        ([scored("a", 0.5, 0.6), scored("b", 0.2, 0.9)], ["b"]),
+        ([scored("a", 0.5, 0.9), scored("b", 0.1, 0.6, above=False)], ["a"]),  # a gain below chance teaches nothing
+        ([scored("a", 0.9, 0.8), scored("b", 0.9, 0.4)], ["a"]),  # nothing gained: what was lost least
+        ([scored("a", 0.5, 0.5, above=False), scored("b", 0.5, 0.5, above=False)], []),
+    ],
+)
+def test_the_best_task_is_the_largest_gain_above_chance(found, chosen) -> None:
+    run = COMPARE._Run(Request(base=object(), tuned=(object(),)), print, print)
+    steps = [Step(PLAN[-1], run.request.base, run.request.tuned[0], on, 3) for on in "ab"]
+    assert [s.on for s in run.best(steps, found)] == chosen
+    assert len(run.gaps) == (not chosen) and all(not g.failed for g in run.gaps)
+
+
+def test_a_gap_shows_its_command_on_a_line_of_its_own() -> None:
+    assert str(Gap("x", "y", failed=False, command="interp run x")) == "x: y\ninterp run x"
+    assert str(Gap("x", "y")) == "x: y"
+    assert Row("x", None, {}, lambda s: Work()).settings(None) == {}
+
+
+# --------------------------------------------------------------------------------------------- kill
+
+
+SLOW = """
+import dataclasses, sys
+import interp.compare
+module = sys.modules["interp.compare"]
+few = {"token_divergence": 4}
+module.PLAN = tuple(dataclasses.replace(r, prompts={k: few.get(r.analysis, 2000) for k in r.prompts}) for r in module.PLAN)
+from interp.cli import main
+sys.exit(main(["compare", *sys.argv[1:]]))
+"""
+
+
+def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, cli, monkeypatch) -> None:
+    from interp import store
+
+    rows = [dataclasses.replace(r, prompts={k: 4 if r.analysis == "token_divergence" else 8 for k in r.prompts}) for r in PLAN]
+    words = [str(pair[0]), str(pair[1]), "--task=ioi", "--out", str(tmp_path / "o")]
+    child = subprocess.Popen([sys.executable, "-c", SLOW, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    results, end = tmp_path / "o/results", time.monotonic() + 120
+    while not list(results.glob("token_divergence/*/result.json")):  # 2000 questions come next
+        assert child.poll() is None and time.monotonic() < end, child.stderr.read().decode()
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child.stderr.close()
+    whole = store.saved(results)
+    assert {p.parent.name for p in whole} == {"pair_check", "weight_delta", "token_divergence"}
+    stamps = {p: (p / "result.json").stat().st_mtime_ns for p in whole}
+    for folder in whole:
+        assert store.load(folder).summary()
+    assert not (tmp_path / "o/report.html").exists()
+
+    monkeypatch.setattr(COMPARE, "PLAN", tuple(rows))
+    code, out, _ = cli(*words)
+    assert code == 0 and out.count("(already there)") == 3 and (tmp_path / "o/report.html").exists()
+    assert {p: (p / "result.json").stat().st_mtime_ns for p in whole} == stamps
+    assert {p.parent.name for p in store.saved(results)} == {"pair_check", "weight_delta", "token_divergence", "task_accuracy"}

@@ -1,0 +1,98 @@
+"""The sentences at the top of the page say what the numbers say, with their noise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from interp.analyses.task_accuracy import SIDES, TaskAccuracyResult
+from interp.analyses.token_divergence import TokenDivergenceResult
+from interp.verdict import _join, at_chance, by_pair, cautions, verdict
+
+
+def stamped(result, analysis: str, base: str = "a", tuned: str = "b", weights: str = "12"):
+    models = tuple({"name": n, "fingerprint": f * 8} for n, f in zip((base, tuned), weights, strict=True))
+    object.__setattr__(result, "meta", SimpleNamespace(analysis=analysis, models=models))
+    return result
+
+
+def answers(task: str, before: int, after: int, n: int = 200, chance: float | None = 0.5, jitter: int = 0, **models: str):
+    """The first ``before`` and the first ``after`` questions are right: flips are as few as they can be."""
+    right = torch.stack([torch.arange(n) < before, torch.arange(n) < after])
+    said = {side: ("",) * n for side in SIDES}
+    result = TaskAccuracyResult(
+        right=right, margin=torch.zeros(2, n), jitter=torch.tensor([jitter, 0]), task=task, among="options", chance=chance,
+        texts=("",) * n, answers=("",) * n, said=said, tags={}, labels={"side": SIDES},
+    )  # fmt: skip
+    return stamped(result, "task_accuracy", **models)
+
+
+def texts(kl: float, nll: float, noise: float = 0.0, n: int = 40, floor: float = 1e-9):
+    """Texts of three tokens with this divergence and this change of the loss, the latter +- ``noise`` from text to text."""
+    shape = (n, 3)
+    change = torch.full(shape, nll) + noise * torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)[:, None]
+    change[:, -1] = torch.nan  # nothing follows the last token
+    zero = torch.zeros(2, *shape)
+    result = TokenDivergenceResult(
+        kl=torch.full(shape, kl), reverse_kl=torch.full(shape, kl), jsd=torch.full(shape, kl),
+        nll=torch.stack([torch.zeros(shape), change]),
+        rank=zero, entropy=zero, top=zero.long(), ids=torch.zeros(shape, dtype=torch.long), kind=torch.zeros(shape, dtype=torch.long),
+        floor=torch.full((2, 4), floor), kinds=("all",), vocabulary={0: "x"}, shared=5, labels={"side": SIDES},
+    )  # fmt: skip
+    return stamped(result, "token_divergence")
+
+
+def test_the_ledger_tells_learned_lost_unchanged_and_chance_apart() -> None:
+    results = [
+        answers("new", 20, 180, chance=0.1), answers("old", 190, 100), answers("kept", 180, 178), answers("noise", 101, 99),
+        answers("small", 110, 150), answers("text", 0, 30, chance=None),
+    ]  # fmt: skip
+    learned, lost, same, chance = verdict(results)
+    # 160 of 200 more: +80 points; the half width of its interval is about 1.96 sqrt(.8 * .2 / 200) = 5.5
+    assert learned.startswith(
+        "Tuning learned new (10% to 90%, change +80 [+74, +86] points; 160 gained, 0 lost, n = 200, chance 10%), small"
+    )
+    assert "and text (0% to 15%" in learned and "n = 200)" in learned
+    assert lost.startswith("Tuning lost old (95% to 50%, change -45 [")
+    assert same.startswith("No change beyond noise on kept (90% to 89%")
+    assert chance == "Both models are at chance on noise: these tasks say nothing about the tuning."
+    assert at_chance(results) == ["noise"]
+
+
+def test_behaviour_names_forgetting_only_beyond_its_noise() -> None:
+    def told(**numbers: float) -> str:
+        (sentence,) = verdict([texts(**numbers)])
+        return sentence
+
+    forgot = told(kl=0.5, nll=0.2, noise=0.1)
+    # noise: standard error of +-0.1 over 40 texts = 0.1 / sqrt(39) = 0.016
+    assert "On 40 plain texts the predictions moved by 0.5" in forgot and "forgot some of that" in forgot and "+0.2 +- 0.02" in forgot
+    assert "without forgetting that shows: its loss there changed by +0.01 +- 0.02" in told(kl=0.5, nll=0.01, noise=0.1)
+    assert "became better at that" in told(kl=0.5, nll=-0.2, noise=0.1)
+    assert told(kl=1e-10, nll=0.0).endswith("numerical floor 1e-09): no more than rounding.")
+
+
+def test_cautions_name_small_samples_rounding_and_what_was_not_asked() -> None:
+    lines = cautions([texts(kl=1e-10, nll=0.0, n=12)])
+    assert any(line.startswith("Small samples: token_divergence has 12 texts;") for line in lines)
+    assert any("100% of the tokens differ by less than the numerical floor" in line for line in lines)
+    assert any(line.startswith("No task was scored") for line in lines)
+    assert cautions([texts(kl=0.5, nll=0.2), answers("a", 10, 190)]) == []
+    assert cautions([answers("a", 100, 103, jitter=9)]) == ["On a rounding alone flips 9 answers, and tuning flips 3."]
+    check = SimpleNamespace(
+        meta=SimpleNamespace(analysis="pair_check", models=()), warnings=("far apart",),
+        items=({"item": "chat template", "status": "note", "says": "only tuned has one"}, {"item": "dtype", "status": "note", "says": "x"}),
+    )  # fmt: skip
+    assert cautions([check]) == ["far apart", "only tuned has one"]
+
+
+def test_pairs_are_told_apart_by_their_weights() -> None:
+    results = [answers("x", 20, 180, weights="12"), answers("x", 20, 20, weights="13"), answers("x", 20, 180, tuned="c", weights="14")]
+    assert list(by_pair(results)) == ["a -> b (22222222)", "a -> b (33333333)", "a -> c"]
+    starts = [sentence.split(": ")[0] for sentence in verdict(results)]
+    assert starts == ["a -> b (22222222)", "a -> b (33333333)", "a -> c"]
+
+
+def test_lists_read_well() -> None:
+    assert (_join(["a"]), _join(["a", "b"]), _join(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
