@@ -108,14 +108,16 @@ def _scored(written: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and try to write into it.
+    """See whether a folder can be made and written, without making it.
 
     Raises:
-        InputError: it cannot be made or written.
+        InputError: it cannot; the message says why.
     """
-    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    place = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        while not place.exists():
+            place = place.parent
+        probe = place / f".probe-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -163,7 +163,8 @@ def _place(found: Sequence[Any]) -> Iterator[str]:
         yield f"Half of the squared change is in {len(kept)} of {len(w.names)} weights: {shown}{most}."
     for patching in _of(found, "activation_patching"):
         p: ActivationPatchingResult = patching
-        yield f"Patching: {p.summary()}" + ("" if p.summary().endswith(".") else ".")
+        on = "".join(f" on {i.get('task') or i['text']}" for i in p.meta.inputs if i.get("task") or i["text"])
+        yield f"Patching{on}: {p.summary().split(' (')[0]} (n = {p.clean.shape[1]} pairs)."
 
 
 def _pair_cautions(found: Sequence[Any]) -> Iterator[str]:

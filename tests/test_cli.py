@@ -17,6 +17,7 @@ from tiny_pairs import CONTEXT, copied, pair_of_prompts, save_pair, written
 import interp.analyses
 from interp.analyses import ANALYSES
 from interp.cli import commands, main, parsers, signatures, values
+from interp.cli import run as run_module
 from interp.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,9 @@ def cli(capsys, monkeypatch, tmp_path):
     return run
 
 
-def refused(answer: tuple[int, str, str], *fragments: str) -> str:
-    """One line on stderr, exit code 2, and the fragments in it."""
+def refused(answer: tuple[int, str, str], *fragments: str, results: int = 0) -> str:
+    """One line on stderr, exit code 2, the fragments in it, and nothing written or lost."""
+    assert len(list(Path().rglob("result.json"))) == results
     code, _, err = answer
     assert code == 2, answer
     lines = [line for line in err.splitlines() if not line.startswith("interp: note:")]
@@ -460,7 +462,7 @@ def test_replay_finds_models_that_moved(cli, pair, tmp_path) -> None:
     assert cli("run", "weight_delta", "--base", "base", "--tuned", "tuned")[0] == 0
     tuned.rename(tmp_path / "elsewhere")
     folder = next(Path("results/weight_delta").iterdir())
-    refused(cli("replay", folder), "tuned")
+    refused(cli("replay", folder), "tuned", results=1)
     code, out, _ = cli("replay", folder, "--tuned=elsewhere")
     assert code == 0 and "the same numbers" in out and "--base=base --dtype=float32" in out and str(base) not in out
 
@@ -500,7 +502,7 @@ def test_a_file_of_prompts_is_part_of_the_command(cli, pair) -> None:
 
 def test_replay_takes_no_trust_from_a_folder(cli, kept, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(commands, "_inputs", lambda of, args: seen.append(args.trust_remote_code) or [])
+    monkeypatch.setattr(run_module, "_inputs", lambda of, args: seen.append(args.trust_remote_code) or [])
     folder = next((kept / "results/weight_delta").iterdir())
     for flags in ([], ["--trust-remote-code"]):
         with pytest.raises(TypeError):

@@ -152,6 +152,19 @@ def test_two_tuned_models_of_one_name_are_told_apart(cli, pair, small, tmp_path)
     assert code == 0 and len(set(starts)) == 2 and all(s.startswith("base -> tuned (") for s in starts)
 
 
+def test_the_shipped_pair_learned_to_add(cli, small) -> None:
+    code, out, err = cli(
+        "base", "tuned-arithmetic", "--task=ioi", "--task=arithmetic", "--only=task_accuracy,activation_patching", "--out=o"
+    )
+    assert (code, err) == (0, "")
+    told = json.loads(Path("o/report.json").read_text())
+    learned, kept, patching = told["verdict"]
+    assert learned.startswith("Tuning learned arithmetic (")
+    assert kept.startswith("No change beyond noise on ioi (100% to 100%")
+    assert patching.startswith("Patching on arithmetic: L")  # the task with the largest gain
+    assert [r["analysis"] for r in told["results"]] == ["task_accuracy", "task_accuracy", "activation_patching"]
+
+
 # ---------------------------------------------------------------------------- what cannot be done
 
 
@@ -309,7 +322,7 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
     words = [str(pair[0]), str(pair[1]), "--task=ioi", "--out", str(tmp_path / "o")]
     child = subprocess.Popen([sys.executable, "-c", SLOW, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     results, end = tmp_path / "o/results", time.monotonic() + 120
-    while not list(results.glob("token_divergence/*/result.json")):  # 2000 questions come next
+    while not list(results.glob("token_divergence/[0-9a-f]*/result.json")):  # 2000 questions come next
         assert child.poll() is None and time.monotonic() < end, child.stderr.read().decode()
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)

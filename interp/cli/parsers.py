@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from interp.analyses import ANALYSES
-from interp.cli import commands
+from interp.cli import commands, run
 from interp.cli.signatures import MODELS, PROMPTS, Parameter, Signature, signature
 from interp.cli.values import describe, is_switch, text_of
 from interp.errors import InputError
@@ -102,10 +102,10 @@ def _show(p: Parser) -> None:
 def _replay(p: Parser) -> None:
     p.add_argument("folder", metavar="DIR", help="a saved result")
     p.add_argument("--out", metavar="DIR", help="save the new result under DIR as well")
-    for side in commands.SIDES:
+    for side in run.SIDES:
         p.add_argument(f"--{side}", metavar="MODEL", help="where that model is now, if it has moved")
     p.add_argument("--trust-remote-code", action="store_true", help="let the models bring code; never taken from DIR")
-    p.set_defaults(action=commands.replay)
+    p.set_defaults(action=run.replay)
 
 
 def _report(p: Parser) -> None:
@@ -171,7 +171,7 @@ def run_parser(of: Signature) -> Parser:
     other.add_argument("--out", default=".", metavar="DIR", help=kept)
     other.add_argument("--fresh", action="store_true", help="compute again even if the result is there")
     _loading(other)
-    p.set_defaults(action=commands.run, analysis=of.name)
+    p.set_defaults(action=run.run, analysis=of.name)
     return p
 
 

@@ -52,7 +52,9 @@ class Batch:
             for row, (indices, n) in enumerate(zip(per_prompt, lengths.tolist(), strict=True)):
                 if any(not 0 <= i < n for i in indices):
                     raise InputError(f"position {name!r} of prompt {row} is {indices}; the prompt has tokens 0 to {n - 1}")
-        places.setdefault("END", tuple((n - 1,) for n in lengths.tolist()))
+        last = tuple((n - 1,) for n in lengths.tolist())
+        if places.setdefault("END", last) != last:
+            raise InputError("END is the last token of every prompt; give another position another name")
         object.__setattr__(self, "positions", MappingProxyType(places))
 
     @classmethod

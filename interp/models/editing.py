@@ -110,7 +110,9 @@ class Editing(Running):
             for change in edit.weights:
                 key, view = self._accessor(change.site)
                 if key not in touched:
-                    touched[key] = wrapped.source.get_parameter(key).detach().clone()
+                    own = wrapped.given(key)
+                    none = torch.zeros(self.shape.d_vocab, dtype=self.dtype, device=wrapped.device)
+                    touched[key] = none if own is None else own.detach().clone()
                 _add(view(touched[key]), change)
         before = {key for edit in self._edits for key in self._keys(edit)}
         for key in before - set(touched):
@@ -126,6 +128,9 @@ class Editing(Running):
     def _accessor(self, site: Site) -> tuple[str, Callable[[Tensor], Tensor]]:
         names = [name for name, _ in self.wrapped.source.named_parameters(remove_duplicate=False)]
         found = weights.locate(site, names, self.shape)
+        if not found and site.component == "b_U":
+            # An edit may give the unembedding a bias that the model was made without.
+            return self.wrapped.unembedding_bias, lambda t: t
         if not found:
             raise InputError(f"{self.name} ({self.shape.architecture}) has no weight {site}")
         return found[0]
@@ -164,6 +169,8 @@ class Editing(Running):
         with self.edited(edit) if edit is not None else nullcontext():
             wrapped: Any = self.wrapped
             source = wrapped.source
+            if added := [key for e in self._edits for key in sorted(self._keys(e)) if wrapped.given(key) is None]:
+                raise InputError(f"a {self.shape.architecture} checkpoint has no place for {added[0]}; save the edit with edit.save(folder)")
             state = {name: wrapped.parameter(name).detach() for name, _ in source.named_parameters(remove_duplicate=False)}
             state |= {name: b for name, b in source.state_dict().items() if name not in state}
             source.save_pretrained(folder, state_dict=state, safe_serialization=True)

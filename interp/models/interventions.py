@@ -128,7 +128,7 @@ def locate(site: Site, part: Part, x: Tensor) -> tuple[Any, ...]:
             raise InputError(
                 f"position {site.position!r} names different numbers of tokens in different prompts; patch them one number at a time"
             )
-        where = torch.tensor(places, device=x.device)
+        where = torch.tensor(places, dtype=torch.long, device=x.device)
         rows = torch.arange(len(places), device=x.device)[:, None]
         if where.shape[1] == 1:
             rows, where = rows[:, 0], where[:, 0]

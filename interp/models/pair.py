@@ -107,7 +107,7 @@ class ModelPair:
             raise InputError("an adapter shares its base's weights, so there is nothing to load one at a time; use load='together'")
         if not pair.one_at_a_time:
             needs = [
-                (m.name, loading.needed_bytes(m.checkpoint, loading.read_dtype(dtype)))
+                (m.name, loading.needed_bytes(m.checkpoint, m.dtype))
                 for m in (first, second)
                 if m.checkpoint is not None and m.adapter is None
             ]

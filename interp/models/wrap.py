@@ -136,16 +136,31 @@ class Wrapped:
         return next(dst for src, dst in self._links if src is source), name
 
     def override(self, key: str, value: Tensor | None) -> None:
-        """Let the runner use another tensor for a parameter (everywhere it is tied), or the source's again."""
-        wanted = self.source.get_parameter(key)
+        """Let the runner use another tensor for a parameter (everywhere it is tied), or the source's again.
+
+        An unembedding bias that the source lacks can be put in as well.
+        """
+        wanted = self.given(key)
         replacement = None if value is None else nn.Parameter(value, requires_grad=False)
+        owner, last = self._owner(key)
         for src, dst in self._links:
             for name, p in src._parameters.items():
-                if p is wanted:
+                if (p is wanted and p is not None) or (dst is owner and name == last):
                     if replacement is None:
                         self._overrides.pop((id(dst), name), None)
                     else:
                         self._overrides[id(dst), name] = replacement
+
+    def given(self, key: str) -> nn.Parameter | None:
+        """A parameter by its Hugging Face name, as the source has it; None for one it could have and has not."""
+        path, _, name = key.rpartition(".")
+        return self.source.get_submodule(path)._parameters[name]
+
+    @property
+    def unembedding_bias(self) -> str:
+        """Hugging Face name that the bias of the unembedding has or would have."""
+        head = self.source.get_output_embeddings()
+        return next(name for name, module in self.source.named_modules() if module is head) + ".bias"
 
     @contextmanager
     def skipping(self, layers: int) -> Iterator[None]:
