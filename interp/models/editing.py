@@ -170,7 +170,9 @@ class Editing(Running):
             wrapped: Any = self.wrapped
             source = wrapped.source
             if added := [key for e in self._edits for key in sorted(self._keys(e)) if wrapped.given(key) is None]:
-                raise InputError(f"a {self.shape.architecture} checkpoint has no place for {added[0]}; save the edit with edit.save(folder)")
+                raise InputError(
+                    f"a {self.shape.architecture} checkpoint has no place for {added[0]}; save the edit with edit.save(folder)"
+                )
             state = {name: wrapped.parameter(name).detach() for name, _ in source.named_parameters(remove_duplicate=False)}
             state |= {name: b for name, b in source.state_dict().items() if name not in state}
             source.save_pretrained(folder, state_dict=state, safe_serialization=True)
