@@ -6,6 +6,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Under test, annotated shapes and types of the inner layers are checked at every call (of results always; where users give wrong
+# input on purpose, not); installed before anything of interp is imported.
+CHECKED = [
+    f"interp.{m}"
+    for m in ("linalg", "stats", "sweeps", *(f"models.{n}" for n in ("running", "editing", "interventions", "generate", "changes")))
+]
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,3 +31,13 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked():
+    """No check of annotations, for tests of what is said to a user who gives something else."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
