@@ -131,14 +131,14 @@ def _direction(t: TaskAccuracyResult) -> int:
 
 
 def _accuracies(t: TaskAccuracyResult) -> str:
-    from interp.stats import bootstrap
+    from interp.stats import paired_change
 
     before, after = t.accuracy.tolist()
-    change = bootstrap((t.right[1].double() - t.right[0].double()), seed=0)
+    low, high = paired_change(int(t.gained.sum()), int(t.lost.sum()), t.right.shape[1])
     chance = "" if t.chance is None else f", chance {t.chance:.0%}"
     return (
-        f"{t.task} ({before:.0%} to {after:.0%}, change {100 * float(change.value):+.0f} [{100 * float(change.low):+.0f}, "
-        f"{100 * float(change.high):+.0f}] points; {int(t.gained.sum())} gained, {int(t.lost.sum())} lost, n = {t.right.shape[1]}{chance})"
+        f"{t.task} ({before:.0%} to {after:.0%}, change {100 * (t.pfr - t.nfr):+.0f} [{100 * low:+.0f}, "
+        f"{100 * high:+.0f}] points; {int(t.gained.sum())} gained, {int(t.lost.sum())} lost, n = {t.right.shape[1]}{chance})"
     )
 
 

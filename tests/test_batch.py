@@ -117,7 +117,7 @@ def test_tensors_that_are_refused(ids, mask, message):
         (lambda: Batch.of(ROWS).select([]), "no prompts were selected"),
     ],
 )
-def test_what_is_refused(make, message):
+def test_what_is_refused(make, message, unchecked):
     with pytest.raises(InputError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
@@ -141,7 +141,7 @@ def test_selected_prompts_keep_their_tokens_and_positions():
     assert batch.to("cpu") is batch
 
 
-def test_a_model_takes_what_a_batch_is_made_of():
+def test_a_model_takes_what_a_batch_is_made_of(unchecked):
     model = HookedModel.load(tiny("llama"))
     want = model.logits(Batch.of(ROWS))
     assert torch.equal(model.logits(ROWS), want)

@@ -224,3 +224,20 @@ def test_mcnemar_is_the_exact_binomial_test(b, c) -> None:
     expected = scipy.stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
     assert stats.mcnemar(b, c) == pytest.approx(expected, rel=1e-9)
     assert stats.mcnemar(b, c) == stats.mcnemar(c, b)
+
+
+def test_paired_change_covers_and_has_a_width_without_flips():
+    """Coverage by simulation near and away from the edge; by hand for no flips in 200: +-1.96 sqrt(1) / 202."""
+    low, high = stats.paired_change(0, 0, 200)
+    assert low == pytest.approx(-1.959964 / 202, rel=1e-5) and high == -low
+    assert stats.paired_change(7, 3, 50)[0] == -stats.paired_change(3, 7, 50)[1]
+    draws = torch.Generator().manual_seed(0)
+    for gain, loss, n in ((0.02, 0.01, 100), (0.2, 0.1, 60), (0.9, 0.0, 80)):
+        where = torch.rand(4000, n, generator=draws)
+        gained, lost = (where < gain).sum(1).tolist(), ((where >= gain) & (where < gain + loss)).sum(1).tolist()
+        ends = [stats.paired_change(a, b, n) for a, b in zip(gained, lost, strict=True)]
+        covered = sum(low <= gain - loss <= high for low, high in ends) / len(ends)
+        assert covered > 0.93, (gain, loss, n, covered)
+    for wrong in ((1, 0, 0), (-1, 0, 5), (3, 3, 5)):
+        with pytest.raises(InputError, match="do not fit"):
+            stats.paired_change(*wrong)

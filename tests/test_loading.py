@@ -414,7 +414,7 @@ def test_configs_that_do_not_fit_the_files(folders, changes, message, tmp_path):
         HookedModel.load(folder).logits(ROWS)
 
 
-def test_settings_of_loading_that_are_refused(folders):
+def test_settings_of_loading_that_are_refused(folders, unchecked):
     folder = folders["gpt2"]
     for settings, message in (
         ({"dtype": "float33"}, "dtype 'float33' is not auto, float32, float64, bfloat16 or float16"),

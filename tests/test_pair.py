@@ -122,7 +122,7 @@ def test_one_at_a_time_lets_go_of_the_other_sides_weights(tmp_path):
     assert given.base.loaded, "a model given as an object is the caller's to let go"
 
 
-def test_settings_that_are_refused(tmp_path):
+def test_settings_that_are_refused(tmp_path, unchecked):
     a = folder(tmp_path / "a")
     for settings, message in (
         ({"load": "both"}, "load='both' is not 'together' or 'one at a time'"),

@@ -49,9 +49,10 @@ def test_the_ledger_tells_learned_lost_unchanged_and_chance_apart() -> None:
         answers("small", 110, 150), answers("text", 0, 30, chance=None),
     ]  # fmt: skip
     learned, lost, same, chance = verdict(results)
-    # 160 of 200 more: +80 points; the half width of its interval is about 1.96 sqrt(.8 * .2 / 200) = 5.5
+    # 160 of 200 more: +80 points; the half width of its interval is 1.96 sqrt(161 - 160^2 / 202) / 202 = 5.7, its centre 160 / 202
+    # 160 of 200 gained: the interval is 160 / 202 +- 1.96 sqrt(161 - 160^2 / 202) / 202 = 79.2 +- 5.7 points
     assert learned.startswith(
-        "Tuning learned new (10% to 90%, change +80 [+74, +86] points; 160 gained, 0 lost, n = 200, chance 10%), small"
+        "Tuning learned new (10% to 90%, change +80 [+74, +85] points; 160 gained, 0 lost, n = 200, chance 10%), small"
     )
     assert "and text (0% to 15%" in learned and "n = 200)" in learned
     assert lost.startswith("Tuning lost old (95% to 50%, change -45 [")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
@@ -59,7 +60,11 @@ class Batch:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Sequence[int]], positions: Positions | None = None, pad_id: int = 0, device: str | torch.device | None = None
+        cls,
+        rows: Sequence[Iterable[SupportsIndex]],
+        positions: Positions | None = None,
+        pad_id: int = 0,
+        device: str | torch.device | None = None,
     ) -> Batch:
         """A batch from lists of token ids of any lengths.
 

@@ -58,7 +58,7 @@ class ModelPair:
         tuned: Any,
         *,
         dtype: str | torch.dtype = "auto",
-        device: str | torch.device | tuple[str, str] = "auto",
+        device: str | torch.device | tuple[str, ...] = "auto",
         device_map: Any = None,
         load: Literal["together", "one at a time"] = "together",
         bos: Bos = "auto",
