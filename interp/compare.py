@@ -168,6 +168,8 @@ class _Run:
     def pair(self, tuned: Any) -> None:
         """All steps of one pair."""
         pair = self.session.pair(self.request.base, tuned)
+        if self.request.prompts is not None:  # prompts that cannot be used are said before anything is computed
+            self.session.prompts(self.request.prompts, pair)
         plan = [(row, self.steps(row, tuned)) for row in PLAN if not self.request.only or row.analysis in self.request.only]
         self.speed = cache(lambda: Speed.of(pair) if any(row.source for row, _ in plan) else Speed(0.0, Speed.pass_over(pair)))
         self.announce(pair.name, [step for row, steps in plan for step in (self.likely(steps) if row.source == "best task" else steps)])

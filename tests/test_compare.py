@@ -101,7 +101,7 @@ def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, m
     folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
     assert sorted(f.parent.name for f in folders) == sorted(ANALYSES)
     page = Path("o/report.html").read_text()
-    for part in ("The weights moved by", "L1.W_out", "Both models are at chance on ioi", "Small samples", 'class="verdict"'):
+    for part in ("The weights moved by", "L1.W_out", "Neither model is above chance on ioi", "Small samples", 'class="verdict"'):
         assert part in page, part
     told = json.loads(Path("o/report.json").read_text())
     assert [r["analysis"] for r in told["results"]] == list(ANALYSES) and told["verdict"] and told["warnings"]
@@ -159,7 +159,7 @@ def test_the_shipped_pair_learned_to_add(cli, small) -> None:
     assert (code, err) == (0, "")
     told = json.loads(Path("o/report.json").read_text())
     learned, kept, patching = told["verdict"]
-    assert learned.startswith("Tuning learned arithmetic (")
+    assert learned.startswith("Tuning raised arithmetic (")
     assert kept.startswith("No change beyond noise on ioi (100% to 100%")
     assert patching.startswith("Patching on arithmetic: L")  # the task with the largest gain
     assert [r["analysis"] for r in told["results"]] == ["task_accuracy", "task_accuracy", "activation_patching"]
@@ -169,19 +169,24 @@ def test_the_shipped_pair_learned_to_add(cli, small) -> None:
 
 
 def test_one_step_that_fails_leaves_the_others(cli, pair, small) -> None:
-    written(Path("long.jsonl"), "The ring " * 200)
-    code, out, err = cli(*pair, "--prompts=long.jsonl", "--only=weight_delta,token_divergence", "--out=o")
+    code, out, err = cli(*pair, "--task=arithmetic(digits=2, shots=20)", "--only=weight_delta,task_accuracy", "--out=o")
     assert code == 1
-    assert (
-        err.count("\n") == 1 and err.startswith("interp: token_divergence on long.jsonl could not be done: ") and "context holds 128" in err
-    )
+    assert err.count("\n") == 1 and err.startswith("interp: task_accuracy on arithmetic(") and "could not be done: " in err
     told = json.loads(Path("o/report.json").read_text())
     assert [r["analysis"] for r in told["results"]] == ["weight_delta"]
-    assert any("token_divergence" in w and "context holds 128" in w for w in told["warnings"])
-    assert "context holds 128" in Path("o/report.html").read_text()
-    with pytest.warns(UserWarning, match="context holds 128"):
-        results = interp.compare(str(pair[0]), str(pair[1]), prompts="long.jsonl", only=("weight_delta", "token_divergence"))
-    assert names_of(results) == ["weight_delta"]
+    assert any("task_accuracy" in w and "could not be done" in w for w in told["warnings"])
+    assert "could not be done" in Path("o/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [("long.txt", "The ring " * 200, "context holds 128"), ("empty.txt", "\n", "is empty"), ("broken.jsonl", "{", "is not JSON")],
+)
+def test_prompts_that_cannot_be_used_are_refused_before_anything_is_computed(cli, pair, small, name, text, why) -> None:
+    Path(name).write_text(text)
+    code, out, err = cli(*pair, f"--prompts={name}", "--out=o")
+    assert code == 2 and err.count("\n") == 1 and name in err and why in err, err
+    assert not Path("o").exists()
 
 
 def test_one_pair_that_is_refused_leaves_the_others(cli, pair, small, tmp_path) -> None:
@@ -192,8 +197,7 @@ def test_one_pair_that_is_refused_leaves_the_others(cli, pair, small, tmp_path) 
 
 
 def test_nothing_at_all_is_one_line_and_two(cli, pair, small) -> None:
-    written(Path("long.jsonl"), "The ring " * 200)
-    code, _, err = cli(*pair, "--prompts=long.jsonl", "--only=token_divergence", "--out=o")
+    code, _, err = cli(*pair, "--task=arithmetic(digits=2, shots=20)", "--only=task_accuracy", "--out=o")
     assert code == 2 and "nothing could be computed" in err.splitlines()[-1] and not Path("o/report.html").exists()
 
 

@@ -235,6 +235,13 @@ def test_one_prompt_of_one_token(pair: ModelPair) -> None:
     assert "one prompt" in tiniest.summary() and tiniest.figures() and tiniest.html() and len(tiniest.to_frame(per="prompt")) == 1
 
 
+def test_one_prompt_of_several_tokens(pair: ModelPair) -> None:
+    """The floor of a single prompt: alone against twice itself, one value per token."""
+    alone = token_divergence(pair, prompts([[1, 2, 3, 4]]))
+    assert alone.floor.shape == (2, 4) and alone.numerical_floor < 1e-9
+    assert "one prompt, so no s.e." in alone.summary()
+
+
 def test_refusals(pair: ModelPair, llama: Any) -> None:
     with pytest.raises(InputError, match="first must be at least 1, but it is 0"):
         token_divergence(pair, prompts(), first=0)

@@ -52,13 +52,15 @@ def test_the_ledger_tells_learned_lost_unchanged_and_chance_apart() -> None:
     # 160 of 200 more: +80 points; the half width of its interval is 1.96 sqrt(161 - 160^2 / 202) / 202 = 5.7, its centre 160 / 202
     # 160 of 200 gained: the interval is 160 / 202 +- 1.96 sqrt(161 - 160^2 / 202) / 202 = 79.2 +- 5.7 points
     assert learned.startswith(
-        "Tuning learned new (10% to 90%, change +80 [+74, +85] points; 160 gained, 0 lost, n = 200, chance 10%), small"
+        "Tuning raised new (10% to 90%, change +80 [+74, +85] points; 160 gained, 0 lost, n = 200, chance 10%), small"
     )
     assert "and text (0% to 15%" in learned and "n = 200)" in learned
-    assert lost.startswith("Tuning lost old (95% to 50%, change -45 [")
+    assert lost.startswith("Tuning lowered old (95% to 50%, change -45 [")
     assert same.startswith("No change beyond noise on kept (90% to 89%")
-    assert chance == "Both models are at chance on noise: these tasks say nothing about the tuning."
+    assert chance == "Neither model is above chance on noise: these tasks say nothing about the tuning."
     assert at_chance(results) == ["noise"]
+    (rose,) = verdict([answers("to chance", 20, 100)])  # 10% to 50% of two options: never above chance, and yet moved
+    assert rose.startswith("Tuning raised to chance (10% to 50%")
 
 
 def test_behaviour_names_forgetting_only_beyond_its_noise() -> None:
@@ -80,6 +82,10 @@ def test_cautions_name_small_samples_rounding_and_what_was_not_asked() -> None:
     assert any("100% of the tokens differ by less than the numerical floor" in line for line in lines)
     assert any(line.startswith("No task was scored") for line in lines)
     assert cautions([texts(kl=0.5, nll=0.2), answers("a", 10, 190)]) == []
+    half = texts(kl=0.5, nll=0.2)
+    for model in half.meta.models:
+        model["dtype"] = "bfloat16"
+    assert any(line.startswith("In bfloat16 rounding within a pass moves predictions too") for line in cautions([half]))
     assert cautions([answers("a", 100, 103, jitter=9)]) == ["On a rounding alone flips 9 answers, and tuning flips 3."]
     check = SimpleNamespace(
         meta=SimpleNamespace(analysis="pair_check", models=()), warnings=("far apart",),

@@ -400,7 +400,7 @@ def _self_divergence(model: HookedModel, batch: Batch) -> Float[Tensor, " floor_
     found = []
     for start in range(0, len(alone), step):
         one, other = (_unembedded(model, x[start : start + step]).float().log_softmax(-1) for x in (alone, together))
-        found.append(kl_divergence(one, other).cpu())
+        found.append(kl_divergence(one, other[: len(one)]).cpu())  # a single prompt stands twice in together
     return torch.cat(found)
 
 

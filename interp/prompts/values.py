@@ -268,7 +268,8 @@ class PromptPairs:
         for side in ("clean", "corrupt"):
             for number, row in lines:
                 if not isinstance(row, dict) or set(row) != {"clean", "corrupt"}:
-                    raise InputError(f"line {number} of {Path(path).name} is not a pair; expected an object with clean and corrupt")
+                    form = "an object with clean and corrupt alone, each with its own text and answer"
+                    raise InputError(f"line {number} of {Path(path).name} is not a pair; expected {form}")
             sides.append(Prompts(**columns(model, [(number, row[side]) for number, row in lines], f"{Path(path).name}, {side}")))
         return cls(*sides)
 
