@@ -89,7 +89,8 @@ def _behaviour(t: TokenDivergenceResult) -> str:
 
     kl, error = mean_and_error(t.kl)
     n = len(t.kl)
-    size = f"On {n} plain text{'s' if n > 1 else ''} the predictions moved by {kl:.3g}{_pm(error)} nats per token (KL; numerical floor {t.numerical_floor:.1g})"
+    texts = f"{n} plain text{'s' if n > 1 else ''}"
+    size = f"On {texts} the predictions moved by {kl:.3g}{_pm(error)} nats per token (KL; numerical floor {t.numerical_floor:.1g})"
     if kl <= t.numerical_floor:
         return f"{size}: no more than rounding."
     if t.kl.shape[1] < 2 or bool(t.nll_change.isnan().all()):
@@ -186,7 +187,7 @@ def _rounding(found: Sequence[Any]) -> Iterator[str]:
         t: TokenDivergenceResult = divergence
         if half := [m["dtype"] for m in t.meta.models if "16" in str(m.get("dtype", ""))]:
             # The floor compares batch sizes; what half precision itself costs shows only against a wider copy of the model.
-            yield f"In {half[0]} rounding within a pass moves predictions too; the numerical floor, from two batch sizes, does not show that."
+            yield f"In {half[0]} rounding within a pass moves predictions too; the floor, from two batch sizes, does not show that."
         share = float((t.kl <= t.numerical_floor)[~t.kl.isnan()].double().mean())
         if share > 0.5:
             yield f"The predictions of {share:.0%} of the tokens differ by less than the numerical floor."

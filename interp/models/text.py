@@ -72,7 +72,7 @@ class Text:
         return self.token_strings([token])[0]
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """The text of every token, for display: with its leading space, bytes that are no text shown as the vocabulary spells them."""
+        """The text of every token, for display: with its leading space; bytes that are no text alone as ``<0xF0><0x9F>``."""
         shown = []
         for i in ids:
             raw = self.tokenizer.convert_ids_to_tokens(int(i))
@@ -80,8 +80,27 @@ class Text:
             if raw is None:
                 shown.append(f"<{int(i)}>")
             elif "\ufffd" in text or not text:
-                shown.append(str(raw))
+                shown.append(_as_bytes(str(raw)))
             else:
                 # A Metaspace tokenizer drops the space of a lone token.
                 shown.append(" " + text if str(raw).startswith("\u2581") and not text.startswith(" ") else text)
         return shown
+
+
+def _byte_level() -> dict[str, int]:
+    """The letters by which byte-level BPE spells bytes: printable ones as themselves, the others from code point 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_level()
+
+
+def _as_bytes(raw: str) -> str:
+    """A vocabulary entry that is no text alone: its bytes where it spells bytes, else the entry as it is (``<s>``, ``<0xF0>``)."""
+    if set(raw) == {"\u2581"}:  # Metaspace's space, which a lone token drops
+        return " " * len(raw)
+    if raw.isascii() or not all(c in _BYTES for c in raw):
+        return raw
+    return "".join(f"<0x{_BYTES[c]:02X}>" for c in raw)

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from interp.plots.colours import BASE, DIFFERENCE, FAINT, GRID, INK, LINE, MAGNITUDE, OTHERS, PAPER, TUNED
-from interp.plots.text import escape, label, visible, wrap
+from interp.plots.text import escape, label, visible, whole_characters, wrap
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -106,7 +106,7 @@ def axis(labels: Sequence[object], *, width: int = 24, limit: int | None = None)
 
 def token_axis(tokens: Sequence[object], *, width: int = 14, limit: int | None = None) -> dict[str, Any]:
     """Plotly axis settings for tokens at integer positions 0..n-1, in a small monospaced font, whitespace visible."""
-    return _ticks([visible(token, width) for token in tokens], limit) | {"tickfont": dict(family=MONO, size=11)}
+    return _ticks([visible(token, width) for token in whole_characters(tokens)], limit) | {"tickfont": dict(family=MONO, size=11)}
 
 
 def count_axis(size: int) -> dict[str, Any]:

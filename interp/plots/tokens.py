@@ -10,7 +10,7 @@ import numpy as np
 
 from interp.plots.colours import DIFFERENCE, FAINT, FLOOR, LINE, MAGNITUDE, is_dark, shade
 from interp.plots.frame import FONT, MONO, array, scale, under_floor
-from interp.plots.text import escape, visible
+from interp.plots.text import escape, visible, whole_characters
 
 
 def coloured_tokens(
@@ -43,7 +43,7 @@ def coloured_tokens(
     grey = under_floor(numbers, floor)
     signed, low, high = scale(np.where(grey, np.nan, numbers), difference, limits)
     spans = []
-    for i, (token, value, under) in enumerate(zip(tokens, numbers, grey, strict=True)):
+    for i, (token, value, under) in enumerate(zip(whole_characters(tokens), numbers, grey, strict=True)):
         paint = FLOOR if under else None if math.isnan(value) else shade(value, low, high, signed)
         said = f"{i}: {visible(token)}"
         said += "" if math.isnan(value) else f"\n{value:.4g} {escape(unit)}".rstrip() + (" (under the floor)" if under else "")
