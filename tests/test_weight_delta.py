@@ -172,6 +172,31 @@ def test_a_head_axis_is_not_a_layer_axis(folders, tmp_path) -> None:
     assert torch.nonzero(result.head_change.nan_to_num() > 0).tolist() == [[3, 1, 3]]
 
 
+@pytest.mark.parametrize("kind", FOUR)
+def test_a_neuron_that_reads_and_writes_anew_is_the_one_that_moved(folders, kind, tmp_path) -> None:
+    """Neuron 5 of layer 2: its column of W_in grows by 3 in the first row, its row of W_out by 4 in the last column; the norm is 5."""
+
+    def change(site: Site, matrix: Tensor) -> Tensor | None:
+        if site == Site("W_in", 2):
+            matrix[0, 5] += 3
+        elif site == Site("W_out", 2):
+            matrix[5, -1] += 4
+        else:
+            return None
+        return matrix
+
+    result = delta(folders[kind], planted(kind, tmp_path / "tuned", change))
+    held = resolve(folders[kind])
+    shape = held.shape
+    assert result.neuron_change.shape == (shape.n_layers, shape.d_mlp)
+    assert torch.nonzero(result.neuron_change).tolist() == [[2, 5]]
+    assert float(result.neuron_change[2, 5]) == pytest.approx(5, rel=1e-5)
+    base = {s: m for k in held.names() for s, m in weights.matrices(k, held.get(k), shape).items()}
+    parts = [base[Site("W_in", 1)][:, 7], base[Site("W_out", 1)][7], *([base[Site("W_gate", 1)][:, 7]] if shape.gated else [])]
+    assert float(result.neuron_base[1, 7]) == pytest.approx(float(torch.cat(parts).double().norm()), rel=1e-6)
+    assert "layer 2, neuron 5" in str(result.figures()["Neurons that moved most"].to_dict())
+
+
 @pytest.mark.parametrize("rel", [1e-3, 0.05])
 def test_noise_of_a_given_size_everywhere(folders, rel, tmp_path) -> None:
     def change(site: Site, matrix: Tensor) -> Tensor:

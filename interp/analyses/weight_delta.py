@@ -58,6 +58,8 @@ class WeightDeltaResult(Result):
         head_change: ||tau|| of each head's slice; key/value heads for W_K and W_V, NaN beyond their number. None without sites.
         head_base: ||W_base|| of each head's slice.
         head_floor: the rounding floor of each head's ||tau||, absolute.
+        neuron_change: ||tau|| of each MLP neuron's weights: its columns of W_in and W_gate and its row of W_out. None without sites.
+        neuron_base: ||W_base|| of each neuron's weights.
         embedding_change: ||tau|| of each token's row of W_E.
         embedding_base: ||W_base|| of each token's row of W_E.
         unembedding_change: ||tau|| of each token's column of W_U; None if tied.
@@ -94,6 +96,8 @@ class WeightDeltaResult(Result):
     head_change: Float[Tensor, "projection layer head"] | None
     head_base: Float[Tensor, "projection layer head"] | None
     head_floor: Float[Tensor, "projection layer head"] | None
+    neuron_change: Float[Tensor, "layer neuron"] | None
+    neuron_base: Float[Tensor, "layer neuron"] | None
     embedding_change: Float[Tensor, " token"] | None
     embedding_base: Float[Tensor, " token"] | None
     unembedding_change: Float[Tensor, " token"] | None
@@ -185,6 +189,8 @@ class WeightDeltaResult(Result):
             made["Does the change read and write where the base does?"] = self._alignment()
         if bool((self.spectral_ratio > 0).any()):
             made["Spectra of the largest changes"] = self._spectra()
+        if self.neuron_change is not None and bool((self.neuron_change > 0).any()):
+            made["Neurons that moved most"] = self._neurons()
         for name, change, base in (
             ("embedding", self.embedding_change, self.embedding_base),
             ("unembedding", self.unembedding_change, self.unembedding_base),
@@ -253,6 +259,16 @@ class WeightDeltaResult(Result):
         )
         return made.update_yaxes(type="log")
 
+    def _neurons(self) -> go.Figure:
+        assert self.neuron_change is not None and self.neuron_base is not None
+        share = torch.where(self.neuron_base > 0, self.neuron_change / self.neuron_base, 0.0)
+        top = share.flatten().argsort(descending=True)[:_SHOWN_TOKENS].tolist()
+        labels = [f"layer {i // share.shape[1]}, neuron {i % share.shape[1]}" for i in top]
+        title = f"MLP neurons that moved most (median neuron {100 * float(share.median()):.3g} %)"
+        return plots.bars(
+            labels, {"change": 100 * share.flatten()[top]}, title=title, xlabel="neuron", ylabel="||tau|| / ||W_base||, %", horizontal=True
+        )
+
     def _tokens(self, name: str, change: Tensor, base: Tensor) -> go.Figure:
         share = torch.where(base > 0, change / base, 0.0)
         top = share.argsort(descending=True)[:_SHOWN_TOKENS].tolist()
@@ -291,6 +307,7 @@ def weight_delta(pair: ModelPair, *, rank: int = 16, exact: int = 1024, componen
     spectra: dict[str, Tensor] = {}
     base_top: dict[str, float] = {}
     heads = torch.full((3, len(PROJECTIONS), shape.n_layers, shape.n_heads), math.nan, dtype=torch.float64)
+    neurons = torch.zeros(2, shape.n_layers, shape.d_mlp, dtype=torch.float64)  # squared norms
     tokens: dict[str, Tensor] = {}
     dtypes: set[torch.dtype] = set()
     for change in changes(pair, desc="weight change"):
@@ -305,6 +322,10 @@ def weight_delta(pair: ModelPair, *, rank: int = 16, exact: int = 1024, componen
             at = PROJECTIONS.index(change.site.component)
             for i, values in enumerate(_per_head(change, pair)):
                 heads[i, at, change.site.layer, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        if change.site is not None and change.site.component in _NEURONS:
+            across = 0 if change.site.component != "W_out" else 1
+            for i, tensor in enumerate((change.delta, change.base)):
+                neurons[i, change.site.layer] += torch.linalg.vector_norm(tensor, dim=across, dtype=torch.float64).square()
         if change.site in (Site("W_E"), Site("W_U")):
             axis = 1 if change.site == Site("W_E") else 0
             for what, tensor in (("change", change.delta), ("base", change.base)):
@@ -321,6 +342,8 @@ def weight_delta(pair: ModelPair, *, rank: int = 16, exact: int = 1024, componen
         head_change=heads[0] if guaranteed else None,
         head_base=heads[1] if guaranteed else None,
         head_floor=heads[2] if guaranteed else None,
+        neuron_change=neurons[0].sqrt() if guaranteed else None,
+        neuron_base=neurons[1].sqrt() if guaranteed else None,
         embedding_change=tokens.get("W_E change"),
         embedding_base=tokens.get("W_E base"),
         unembedding_change=tokens.get("W_U change"),
@@ -336,6 +359,7 @@ def weight_delta(pair: ModelPair, *, rank: int = 16, exact: int = 1024, componen
     )
 
 
+_NEURONS = ("W_in", "W_gate", "W_out")
 _SIZES = ("relative", "floor", "under_floor", "change", "base_norm", "largest", "changed", "cosine", "kurtosis")
 _STRUCTURE = (
     *("spectral_ratio", "stable_rank", "effective_rank", "rank90", "numerical_rank"),
