@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -491,3 +492,33 @@ def test_bytes_needed_and_announced(folders, capsys, monkeypatch):
     loading.announce([("a", 2**30), ("b", 2**28)], torch.device("cpu"))
     assert "does not fit at once: use load='one at a time'" in capsys.readouterr().err
     assert Batch.of(ROWS).ids.device.type == "cpu" and loading.read_device("cpu:0").index == 0
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+OwnModel.__name__ = "LlamaForCausalLM"
+"""
+
+
+def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "modules"), *sys.path])
+    plain = tiny("llama")
+    folder = saved(plain, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + CODE)
+    with pytest.raises(InputError, match="custom code"):
+        HookedModel.load(folder).logits([[3, 9, 4]])
+    assert not (tmp_path / "ran").exists()
+    got = HookedModel.load(folder, trust_remote_code=True).logits([[3, 9, 4]])
+    assert (tmp_path / "ran").exists()
+    assert torch.allclose(got[0], plain(torch.tensor([[3, 9, 4]])).logits[0], atol=1e-5)

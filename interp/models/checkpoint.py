@@ -323,8 +323,8 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not list(folder.glob("model*.safetensors*"))
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The Hugging Face config of a folder; code that a checkpoint brings along is never run.
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The Hugging Face config of a folder; code that a checkpoint brings along runs only when it is trusted.
 
     Raises:
         InputError: there is no config, or transformers does not know its architecture.
@@ -334,12 +334,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
 
 
-def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, name: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Read the config and the tensor headers of a folder.
 
     Raises:
@@ -349,7 +349,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         raise InputError(f"{folder} is an adapter, not a model; give its base as the model and this folder as its adapter")
     if (folder / "adapter_config.json").is_file():  # transformers would put it on the model without being asked
         raise InputError(f"{folder} holds a whole model and an adapter; keep them in two folders and give the second as the adapter")
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code)
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
         tensors.update(read_header(file))
@@ -369,7 +369,7 @@ def _own_head(checkpoint: Checkpoint) -> bool:
     return None not in names and not torch.equal(*(checkpoint.get(name or "") for name in names))
 
 
-def resolve(what: str | Path, revision: str | None = None) -> Checkpoint:
+def resolve(what: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
     """Find a checkpoint: a folder, the name of an organism, or a Hub id such as ``org/model@revision``.
 
     A folder wins over an organism of the same name, with a warning. A Hub id is looked up in the local cache first.
@@ -384,7 +384,7 @@ def resolve(what: str | Path, revision: str | None = None) -> Checkpoint:
             raise InputError(f"{text} is a folder, which has no revision {revision!r}; revisions belong to Hub ids")
         if isinstance(what, str) and text in _organisms():
             warnings.warn(f"{text!r} is a folder here and an organism; the folder is used", stacklevel=2)
-        return open_checkpoint(folder)
+        return open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if folder.is_file():
         raise InputError(f"{text} is a file, expected the folder of a checkpoint")
     if text in _organisms():
@@ -392,7 +392,7 @@ def resolve(what: str | Path, revision: str | None = None) -> Checkpoint:
 
         if revision is not None:
             raise InputError(f"{text} is an organism, which has no revision {revision!r}")
-        return open_checkpoint(organism(text), text)
+        return open_checkpoint(organism(text), text, trust_remote_code=trust_remote_code)
     name, _, pinned = text.partition("@")
     if pinned and revision and pinned != revision:
         raise InputError(f"{text} names the revision {pinned}, but revision={revision!r} was given too")
@@ -400,7 +400,7 @@ def resolve(what: str | Path, revision: str | None = None) -> Checkpoint:
     if isinstance(what, Path) or text.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise InputError(f"there is no folder {text}{_near(folder.name, _siblings(folder))}")
     found = _from_hub(name, revision)
-    return open_checkpoint(found, name + (f"@{revision}" if revision else ""))
+    return open_checkpoint(found, name + (f"@{revision}" if revision else ""), trust_remote_code=trust_remote_code)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

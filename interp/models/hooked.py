@@ -107,7 +107,7 @@ class HookedModel(Editing):
             model = cls(lambda: plain, shape_of(plain), name=name, tokenizer=tokenizer, dtype=_dtype_of(plain), bos=bos, given=True)
             return model if folder is None else cls._adapted(model, folder, wanted)
         place = loading.read_device(device)
-        checkpoint = resolve(what, revision)
+        checkpoint = resolve(what, revision, trust_remote_code=trust_remote_code)
         stored = loading.stored_dtype(checkpoint)
         notes: tuple[str, ...] = ()
         if folder is not None and wanted is None and stored in loading.HALF:
