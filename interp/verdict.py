@@ -185,9 +185,8 @@ def _rounding(found: Sequence[Any]) -> Iterator[str]:
             yield f"Rounding to {w.dtype} explains the change of {under} of the {moved} weights that differ; they are grey in the figures."
     for divergence in _of(found, "token_divergence"):
         t: TokenDivergenceResult = divergence
-        if half := [m["dtype"] for m in t.meta.models if "16" in str(m.get("dtype", ""))]:
-            # The floor compares batch sizes; what half precision itself costs shows only against a wider copy of the model.
-            yield f"In {half[0]} rounding within a pass moves predictions too; the floor, from two batch sizes, does not show that."
+        if t.half:
+            yield "Half precision moves predictions too; a float32 copy did not fit the memory, so the numerical floor does not show it."
         share = float((t.kl <= t.numerical_floor)[~t.kl.isnan()].double().mean())
         if share > 0.5:
             yield f"The predictions of {share:.0%} of the tokens differ by less than the numerical floor."

@@ -253,3 +253,23 @@ def test_refusals(pair: ModelPair, llama: Any) -> None:
     split.one_at_a_time = True
     with pytest.raises(InputError, match="needs both models at once"):
         token_divergence(split, prompts())
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_the_floor_of_half_precision_is_what_rounding_does(kind):
+    """Against plain Hugging Face: the same bf16 weights computed in bf16 and in fp32, prompts of unequal length alone."""
+    rows = [[3, 9, 4, 1, 5], [2, 7], [6, 5, 3, 5, 8, 9, 7]]
+    plain = tiny(kind).to(torch.bfloat16)
+    plain.set_attn_implementation("eager")
+    result = token_divergence(ModelPair(HookedModel.load(plain), HookedModel.load(copy.deepcopy(plain))), prompts(rows))
+    wide = copy.deepcopy(plain).float()
+    want = []
+    for row in rows:
+        with torch.no_grad():
+            p, q = (m(torch.tensor([row])).logits[0].double().log_softmax(-1) for m in (plain, wide))
+        want.append((p.exp() * (p - q)).sum(-1))
+    want = torch.cat(want)
+    assert float(want.max()) > 1e-6
+    assert (result.floor >= want.float() * 0.99 - 1e-7).all() and not result.half
+    assert result.numerical_floor == pytest.approx(float(want.max()), rel=0.02)
+    assert next(plain.parameters()).dtype == torch.bfloat16

@@ -38,7 +38,7 @@ def texts(kl: float, nll: float, noise: float = 0.0, n: int = 40, floor: float =
         kl=torch.full(shape, kl), reverse_kl=torch.full(shape, kl), jsd=torch.full(shape, kl),
         nll=torch.stack([torch.zeros(shape), change]),
         rank=zero, entropy=zero, top=zero.long(), ids=torch.zeros(shape, dtype=torch.long), kind=torch.zeros(shape, dtype=torch.long),
-        floor=torch.full((2, 4), floor), kinds=("all",), vocabulary={0: "x"}, shared=5, labels={"side": SIDES},
+        floor=torch.full((2, 4), floor), half=False, kinds=("all",), vocabulary={0: "x"}, shared=5, labels={"side": SIDES},
     )  # fmt: skip
     return stamped(result, "token_divergence")
 
@@ -83,9 +83,8 @@ def test_cautions_name_small_samples_rounding_and_what_was_not_asked() -> None:
     assert any(line.startswith("No task was scored") for line in lines)
     assert cautions([texts(kl=0.5, nll=0.2), answers("a", 10, 190)]) == []
     half = texts(kl=0.5, nll=0.2)
-    for model in half.meta.models:
-        model["dtype"] = "bfloat16"
-    assert any(line.startswith("In bfloat16 rounding within a pass moves predictions too") for line in cautions([half]))
+    object.__setattr__(half, "half", True)
+    assert [line for line in cautions([half]) if line.startswith("Half precision moves predictions too")]
     assert cautions([answers("a", 100, 103, jitter=9)]) == ["On a rounding alone flips 9 answers, and tuning flips 3."]
     check = SimpleNamespace(
         meta=SimpleNamespace(analysis="pair_check", models=()), warnings=("far apart",),

@@ -51,7 +51,9 @@ class TokenDivergenceResult(Result):
         top: id of the most likely token.
         ids: the tokens of the prompts.
         kind: index into ``kinds`` of the predicted token's place in the text.
-        floor: KL of a model against itself in another batch, for tokens of some of the prompts.
+        floor: KL of a model against itself, for tokens of some of the prompts: in another batch, and in half precision also
+            against its weights computed in float32; the larger of the two.
+        half: a model computes in half precision and its float32 copy did not fit the memory, so the floor lacks that part.
         kinds: names of the places: ``first 10``, ``later``, and where the prompts name them ``prompt`` and ``template``.
         vocabulary: id -> text of the tokens that occur.
         shared: number of token ids compared.
@@ -68,6 +70,7 @@ class TokenDivergenceResult(Result):
     ids: Int[Tensor, "prompt pos"]
     kind: Int[Tensor, "prompt pos"]
     floor: Float[Tensor, "side floor_token"]
+    half: bool
     kinds: tuple[str, ...]
     vocabulary: dict[int, str]
     shared: int
@@ -251,7 +254,8 @@ def token_divergence(pair: ModelPair, prompts: Prompts, *, first: int = 10) -> T
     token's negative log-likelihood and rank, of the entropy, and whether the most likely token differs.
     Chat tuning differs most on the first tokens of a response, so means are split by place (Minder et al. 2025,
     arXiv 2504.02922). Memory stays bounded: only the final residual stream is kept, and unembedded in chunks of
-    tokens in fp32. The floor is each model against itself with prompts run alone and in a batch.
+    tokens in fp32. The floor is each model against itself: prompts
+    run alone and in a batch, and half precision against the same weights computed in float32.
 
     Args:
         pair: the two models.
@@ -288,7 +292,7 @@ def token_divergence(pair: ModelPair, prompts: Prompts, *, first: int = 10) -> T
                 else:
                     (top if name == "top" else double[name])[:, to[0], to[1]] = values
     kind, kinds = _kinds(batch, first)
-    floor = torch.stack([_self_divergence(model, batch) for _, model in pair.sides()])
+    floors = [_self_divergence(model, batch) for _, model in pair.sides()]
     known = [i for i in torch.cat([ids.flatten(), top.flatten()]).unique().tolist() if i >= 0]
     return TokenDivergenceResult(
         **single,
@@ -296,7 +300,8 @@ def token_divergence(pair: ModelPair, prompts: Prompts, *, first: int = 10) -> T
         top=top,
         ids=ids,
         kind=kind,
-        floor=floor,
+        floor=torch.stack([values for values, _ in floors]),
+        half=any(lacking for _, lacking in floors),
         kinds=kinds,
         vocabulary=dict(zip(known, spelled(pair.base, known), strict=True)),
         shared=pair.shared_vocab,
@@ -390,17 +395,29 @@ def _compared(pair: ModelPair, part: Batch, after: Tensor) -> Iterator[tuple[sli
         yield piece, {k: v.cpu() for k, v in found.items()}
 
 
-def _self_divergence(model: HookedModel, batch: Batch) -> Float[Tensor, " floor_token"]:
-    """KL of a model against itself, prompts alone against prompts together, for some of the prompts."""
+def _self_divergence(model: HookedModel, batch: Batch) -> tuple[Float[Tensor, " floor_token"], bool]:
+    """KL of a model against itself for some of the prompts, and whether its rounding in half precision could not be measured."""
     n = min(len(batch), _FLOOR_PROMPTS)
     rows = [i * len(batch) // n for i in range(n)]
-    together = _final(model, batch.select(rows if n > 1 else [0, 0]))
+    some = batch.select(rows)
     alone = torch.cat([_final(model, batch.select([row])) for row in rows])
-    step = max(1, _CELLS // model.shape.d_vocab)
+    together = _final(model, some if n > 1 else batch.select([0, 0]))[: len(alone)]  # a single prompt stands twice there
+    floor = _apart((model, alone), (model, together))
+    if model.dtype.itemsize >= 4:
+        return floor, False
+    wide = model.in_dtype(torch.float32)
+    if wide is None:
+        return floor, True
+    return torch.maximum(floor, _apart((model, alone), (wide, _final(wide, some)))), False
+
+
+def _apart(one: tuple[HookedModel, Tensor], other: tuple[HookedModel, Tensor]) -> Float[Tensor, " floor_token"]:
+    """KL between the predictions of two models from their final residual streams, [token d_model] each."""
+    step = max(1, _CELLS // one[0].shape.d_vocab)
     found = []
-    for start in range(0, len(alone), step):
-        one, other = (_unembedded(model, x[start : start + step]).float().log_softmax(-1) for x in (alone, together))
-        found.append(kl_divergence(one, other[: len(one)]).cpu())  # a single prompt stands twice in together
+    for start in range(0, len(one[1]), step):
+        sides = (_unembedded(model, x[start : start + step]).float().log_softmax(-1) for model, x in (one, other))
+        found.append(kl_divergence(*sides).cpu())
     return torch.cat(found)
 
 

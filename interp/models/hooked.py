@@ -20,7 +20,7 @@ from interp.models.memory import Budget
 from interp.models.text import Bos
 from interp.models.validate import assert_faithful
 from interp.models.weights import StateTensors, TensorSource
-from interp.models.wrap import Wrapped
+from interp.models.wrap import Wrapped, structure_copy
 
 
 class HookedModel(Editing):
@@ -203,6 +203,19 @@ class HookedModel(Editing):
         """Name and sizes."""
         s = self.shape
         return f"HookedModel({self.name}: {s.architecture}, {s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model})"
+
+    def in_dtype(self, dtype: torch.dtype) -> HookedModel | None:
+        """The same weights computed in another precision, as a model of its own; None where its copy would not fit the memory.
+
+        Raises:
+            InputError: edits are in force.
+        """
+        if self._edits:
+            raise InputError(f"{self.name} is edited; leave model.edited(...) before asking for a copy")
+        source = self.wrapped.source
+        if sum(p.numel() for p in source.parameters()) * dtype.itemsize > 0.8 * loading.free_bytes(self.device):
+            return None
+        return HookedModel.load(loading.cast(structure_copy(source), dtype), tokenizer=self._tokenizer)
 
     def weights(self) -> TensorSource:
         """The raw tensors by Hugging Face name, one at a time: from the files where nothing needs to be in memory."""

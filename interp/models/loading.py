@@ -204,13 +204,19 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
             raise InputError(f"the adapter {folder} has a {key} that its config does not ask for")
     first = next(model.parameters()).dtype
     target = dtype or (torch.float32 if first in HALF else first)
-    cast: dict[int, nn.Parameter] = {}
-    for module in merged.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.dtype != target:  # a new parameter: the old one may be the base's own
-                module._parameters[name] = cast.setdefault(id(p), nn.Parameter(p.detach().to(target), requires_grad=False))
+    cast(merged, target)
     check_finite(merged, folder.name)
     return merged.requires_grad_(False).eval()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Put parameters of another dtype into a structure copy; those it shares with its source are replaced, never written."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.dtype != dtype:
+                module._parameters[name] = done.setdefault(id(p), nn.Parameter(p.detach().to(dtype), requires_grad=False))
+    return model
 
 
 def _own_parameters(model: nn.Module, replaced: Collection[str]) -> None:
