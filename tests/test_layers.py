@@ -20,6 +20,7 @@ LAYERS = {
             "progress",
             "data_files",
             "sites",
+            "circuit",
             "edits",
             "plots",
             "results",
@@ -35,7 +36,7 @@ LAYERS = {
     **dict.fromkeys(["prompts", "tasks"], 2),
     **dict.fromkeys(["metrics", "sweeps", "spelling"], 3),
     # What trains and measures the organisms asks them the tasks; the organisms themselves are files.
-    **dict.fromkeys(["organisms.recipes", "organisms.measure"], 3),
+    **dict.fromkeys(["organisms.recipes", "organisms.measure", "organisms.handmade"], 3),
     "analyses": 5,
     **dict.fromkeys(["store", "report"], 6),
     **dict.fromkeys(["cli", "compare", "plan", "request", "inputs", "verdict", "__main__", "__init__"], 7),

@@ -1,12 +1,14 @@
 """Small models made to be studied: the ones that ship with the package, and how they were trained.
 
 The light part: names and folders without torch. ``training`` and ``recipes`` make organisms, ``planted``
-makes changes with a known answer on any model.
+makes changes with a known answer on any model, ``handmade`` writes models with a known circuit.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from interp.data_files import data_path
 from interp.names import unknown
@@ -14,7 +16,19 @@ from interp.names import unknown
 # Bound to the function, not to the file of the same name, because the file has been imported once it runs.
 from interp.organisms.planted import planted
 
-__all__ = ["card", "folder", "names", "planted", "shipped_pair"]
+__all__ = ["HAND_BUILT", "card", "folder", "hand_built", "names", "planted", "shipped_pair"]
+
+HAND_BUILT = ("ioi", "induction", "offset_copy", "majority", "shared_head", "backup_head")
+"""Models whose circuit is written into the weights; ``hand_built(name)`` makes one."""
+
+
+def hand_built(name: str) -> Any:
+    """A model with a known circuit, its task and its ``Circuit``, as a ``interp.organisms.handmade.HandBuilt``.
+
+    Raises:
+        InputError: no hand-built model has this name; the nearest names are given.
+    """
+    return import_module("interp.organisms.handmade").hand_built(name)
 
 
 def names() -> list[str]:

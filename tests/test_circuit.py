@@ -1,0 +1,194 @@
+"""Circuits are values: checked on the way in, equal when they say the same, read back from files as they were."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from interp.circuit import Circuit, Edge
+from interp.errors import InputError
+from interp.sites import Site
+
+MODEL = (4, 6, 3)
+ROLES = {"input": "embed@S2", "duplicate": "L1H4.z@S2", "inhibition": ("L2H0.z@END", "L2H1.z@END"), "mover": "L3H5.z@END"}
+EDGES = ["embed@S2 -> L1H4.q@S2", "L1H4.z@S2 -> L2H0.v@S2", "L2H0.z@END -> L3H5.q@END", "L3H5.z@END -> L3.resid_post@END"]
+IOI = Circuit.of(MODEL, ROLES, EDGES)
+
+
+def found(**more: object) -> Circuit:
+    scores = {IOI.nodes[0]: 0.25, IOI.edges[1]: -3.0}
+    return replace(IOI, scores=scores, prompts="9f" * 32, contexts=("b", "a", "b"), **more)
+
+
+def test_needs_no_torch():
+    code = "import sys, interp.circuit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_order_does_not_matter():
+    turned = Circuit(MODEL, tuple(reversed(IOI.nodes)), tuple(reversed(IOI.edges)), dict(reversed(list(IOI.roles.items()))))
+    assert turned == IOI and turned.digest == IOI.digest
+    assert [str(n) for n in IOI.nodes] == ["embed@S2", "L1H4.z@S2", "L2H0.z@END", "L2H1.z@END", "L3H5.z@END"]
+    assert found().contexts == ("a", "b") and found() != IOI and found().digest != IOI.digest
+
+
+def test_text_of_nodes_and_edges_reads_back():
+    for edge in IOI.edges:
+        assert Edge.parse(str(edge)) == edge == Edge.parse(edge)
+    for node in IOI.nodes:
+        assert Site.parse(str(node)) == node
+    assert str(IOI.logits) == "L3.resid_post@END" and IOI.edges[-1].receiver == IOI.logits
+
+
+def test_heads_by_role_and_position():
+    assert str(IOI.heads()) == "duplicate=L1H4@S2; inhibition=L2H0,L2H1@END; mover=L3H5@END"
+    assert str(IOI.heads("inhibition")) == "inhibition=L2H0,L2H1@END"
+    assert str(replace(IOI, roles={}).heads()) == "L1H4@S2; L2H0,L2H1,L3H5@END"
+    with pytest.raises(InputError, match="no role named 'inhibiton'; nearest: inhibition"):
+        IOI.heads("inhibiton")
+    with pytest.raises(InputError, match="no attention heads with the role 'input'"):
+        IOI.heads("input")
+
+
+def test_sets():
+    other = Circuit.of(
+        MODEL, {"mover": ("L3H5.z@END", "L3H0.z@END")}, ["L3H5.z@END -> L3.resid_post@END", "L3H0.z@END -> L3.resid_post@END"]
+    )
+    both = IOI | other
+    assert len(both.nodes) == 6 and len(both.edges) == 5 and str(both.heads("mover")) == "mover=L3H0,L3H5@END"
+    assert (both & IOI) == IOI == (IOI & both) and (both - IOI) == (other - IOI)
+    assert [str(n) for n in (both - IOI).nodes] == ["L3H0.z@END"] and [str(e.sender) for e in (both - IOI).edges] == ["L3H0.z@END"]
+    assert (IOI - IOI).nodes == () == (IOI - IOI).edges
+    kept = found() & IOI
+    assert kept.scores == found().scores and kept.contexts == ("a", "b") and kept.prompts is None
+    assert (found() | IOI).scores == {} and (found() | found()).prompts == found().prompts
+    assert (found() - IOI).scores == {}
+    with pytest.raises(InputError, match="is 'mover' in one circuit and 'backup' in the other"):
+        _ = IOI | Circuit.of(MODEL, {"backup": "L3H5.z@END"})
+    for op in (Circuit.__or__, Circuit.__and__, Circuit.__sub__):
+        with pytest.raises(InputError, match="share no parts"):
+            op(IOI, Circuit.of((4, 6, 6), ROLES, EDGES))
+
+
+def test_another_shape_is_refused():
+    shape = SimpleNamespace(n_layers=4, n_heads=6, n_kv_heads=3)
+    assert IOI.check(shape) is IOI
+    for change in ({"n_layers": 5}, {"n_heads": 12}, {"n_kv_heads": 6}):
+        with pytest.raises(InputError, match="the circuit is of a model with"):
+            IOI.check(SimpleNamespace(**{**vars(shape), **change}))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "message"),
+    [
+        (["L4H0.z@END"], [], "not in a model of 4 layers"),
+        (["L1H6.z@END"], [], "not in a model of 4 layers"),
+        (["L1H4.z@S2", "L1H4.z@S2"], [], "twice"),
+        (["L1H4.q@S2"], [], "L1H4.q@S2 is no node"),
+        (["L1.z@S2"], [], "is no node"),
+        (["L1.attn_out@S2"], [], "is no node"),
+        ([], ["L1H4.z@S2 -> L2H3.v@S2"], "not in a model of 4 layers"),  # three key/value heads
+        ([], ["L1H4.z@S2 -> L2H3.q@END"], "at two"),
+        ([], ["L2H4.z@S2 -> L2H3.q@S2"], "before the sender writes"),
+        ([], ["L2.mlp_out@S2 -> L2.resid_mid@S2"], "before the sender writes"),
+        ([], ["L3H0.z@S2 -> L1.resid_mid@S2"], "before the sender writes"),
+        ([], ["L1H4.z@S2 -> L2.q@S2"], "is no receiver"),
+        ([], ["L1H4.z@S2 -> L2H1.z@S2"], "is no receiver"),
+        ([], ["L1H4.z@END -> L2.resid_post@END"], "stands for the logits, at L3.resid_post@END"),
+        ([], ["L1H4.z@S2 -> L3.resid_post@S2"], "stands for the logits"),
+        ([], ["L1H4.z@S2"], "is not an edge"),
+        ([], ["L1H4.z@S2 -> L2H0.v@S2 -> L3H0.v@S2"], "is not an edge"),
+    ],
+)
+def test_what_is_no_circuit_is_refused(nodes, edges, message):
+    with pytest.raises(InputError, match=message):
+        Circuit(MODEL, tuple(Site.parse(n) for n in nodes), tuple(Edge.parse(e) for e in edges))
+
+
+def test_edges_along_the_stream_are_taken():
+    good = [
+        "L2H4.z@S2 -> L2.resid_mid@S2",
+        "L2.mlp_out@S2 -> L3H0.q@S2",
+        "L1.mlp_out@S2 -> L2.resid_mid@S2",
+        "embed@END -> L3.resid_post@END",
+        "L3.mlp_out@END -> L3.resid_post@END",
+    ]
+    assert len(Circuit.of(MODEL, {}, good).edges) == 5
+
+
+def test_odd_values_are_refused():
+    node = IOI.nodes[0]
+    for model in ((4, 6), (4, 6, 4), (0, 6, 3), (4, 6, True), ("4", 6, 3)):
+        with pytest.raises(InputError, match="n_layers, n_heads, n_kv_heads"):
+            replace(IOI, model=model)
+    with pytest.raises(InputError, match="is not a name"):
+        replace(IOI, roles={node: "name mover"})
+    with pytest.raises(InputError, match="is no node of the circuit"):
+        replace(IOI, roles={Site.parse("L0H0.z@END"): "mover"})
+    for scores in ({node: float("nan")}, {node: float("inf")}, {Site.parse("L0H0.z@END"): 1.0}):
+        with pytest.raises(InputError, match="is not a finite number"):
+            replace(IOI, scores=scores)
+
+
+def test_files_read_back(tmp_path):
+    for i, circuit in enumerate((IOI, found(), IOI - IOI, replace(IOI, roles={}), replace(found(), contexts=("Zoë \ud83d", "\n")))):
+        again = Circuit.load(circuit.save(tmp_path / "new" / f"{i}.json"))
+        assert again == circuit and again.digest == circuit.digest
+
+
+def test_files_of_strangers(tmp_path):
+    file = tmp_path / "circuit.json"
+
+    def refused(content: str | bytes) -> str:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError) as error:
+            Circuit.load(file)
+        assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+        return str(error.value)
+
+    with pytest.raises(InputError, match="there is no circuit at"):
+        Circuit.load(tmp_path / "nothing.json")
+    with pytest.raises(InputError, match="there is no circuit at"):
+        Circuit.load(tmp_path)
+    body = json.loads(found().save(file).read_text())
+    assert "no JSON" in refused("{") and "no JSON" in refused(b"\xff\xfe") and "no JSON" in refused("[" * 100_000)
+    assert "the file is a list" in refused("[]")
+    assert "format is 2" in refused(json.dumps({**body, "format": 2}))
+    assert "nodes of the file is nothing" in refused(json.dumps({k: v for k, v in body.items() if k != "nodes"}))
+    assert "role of embed@S2 is int" in refused(json.dumps({**body, "nodes": [{"site": "embed@S2", "role": 3}]}))
+    assert "is not a site" in refused(json.dumps({**body, "nodes": [{"site": "L1H4.z S2"}]}))
+    assert "not a finite number" in refused(json.dumps(body).replace("0.25", "NaN"))
+    refused(json.dumps(body).replace("0.25", "1" + "0" * 400))  # an integer that is no float
+    refused(json.dumps({**body, "nodes": [{"site": f"L{'1' * 5000}H0.z@END"}]}))
+
+
+def test_no_damage_to_a_file_raises_anything_else(tmp_path):
+    """One entry somewhere replaced by something odd: an InputError, or a circuit."""
+    file = tmp_path / "circuit.json"
+    body = json.loads(found().save(file).read_text())
+    draws = random.Random(0)
+    odd = [None, True, -1, 0, 1e308, "", "x", "L0H0.z@END", [], ["x"], [[]], {}, {"site": "embed@S2"}, 10**400]
+
+    def places(x: object) -> list[tuple[object, object]]:
+        inner = list(x.items()) if isinstance(x, dict) else list(enumerate(x)) if isinstance(x, list) else []
+        return [(x, key) for key, _ in inner] + [p for _, value in inner for p in places(value)]
+
+    outcomes = set()
+    for _ in range(400):
+        damaged = copy.deepcopy(body)
+        owner, key = draws.choice(places(damaged))
+        owner[key] = draws.choice(odd)
+        file.write_text(json.dumps(damaged))
+        try:
+            outcomes.add(type(Circuit.load(file)))
+        except InputError as e:
+            assert "\n" not in str(e)
+            outcomes.add(InputError)
+    assert outcomes == {Circuit, InputError}
