@@ -11,13 +11,14 @@ READY := $(VENV)/.installed
 # The shipped models are on this disk, and tests never ask the network for another.
 report test test-full bench: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install report test test-full check lab bench
+.PHONY: help install report test test-full check lab bench docs
 
 help:
 	@echo "make report     compare the shipped pair and leave report.html here"
 	@echo "make test       the tests (test-full: also the long ones)"
 	@echo "make check      ruff and pyright"
 	@echo "make lab        the notebooks in JupyterLab"
+	@echo "make docs       docs/laboratory-animals.md from the models' cards"
 	@echo "make bench      the benchmarks (heavy: minutes of an otherwise idle machine)"
 	@echo "make install    only set up .venv (every other target does so when needed)"
 
@@ -48,6 +49,9 @@ check: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+docs: $(READY)
+	$(BIN)/python -m interp.organisms.page > docs/laboratory-animals.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py

@@ -54,7 +54,7 @@ PLAN = (
 )
 """The comparison, in order. The cheap and certain comes first, so that what is there early is worth reading."""
 
-SHIPPED_TASKS = ("arithmetic", "ioi", "facts", "laundry_list(length=3)", "colored_objects", "boxes(n_boxes=3)")
+SHIPPED_TASKS = ("boxes", "boxes(n_boxes=3)", "colored_objects", "ioi", "facts", "arithmetic", "laundry_list(length=3)")
 """What shipped models are asked when no task is named."""
 
 

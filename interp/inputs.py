@@ -157,7 +157,9 @@ def checked_prompts(written: str) -> str:
 
 
 def _is_adapter(what: object) -> bool:
-    return isinstance(what, str) and (Path(what).expanduser() / "adapter_config.json").is_file()
+    from interp.models.adapters import is_adapter
+
+    return isinstance(what, str) and is_adapter(what)
 
 
 def _key(what: Any) -> object:

@@ -529,17 +529,23 @@ def test_models_lists_the_cards(cli) -> None:
     from interp import organisms
 
     code, out, _ = cli("models")
-    assert code == 0 and all(name in out for name in organisms.names())
+    assert code == 0 and all(name in out for name in (*organisms.names(), *organisms.HAND_BUILT))
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split() == organisms.names())
+    cells = {line.split("  ")[1].strip(): [c for c in line.split("  ") if "±" in c] for line in lines[head + 1 :] if "±" in line}
+    for column, name in enumerate(organisms.names()):
+        assert cells["boxes"][column].strip() == organisms.behaviour(name)["boxes"]
     refused(cli("models", "nobody"), "nobody")
 
 
 def test_organisms_trains_into_a_new_folder(cli, monkeypatch) -> None:
     from interp.organisms import recipes
+    from interp.organisms.training import Standing
 
     def train(name: str, out: Path, steps: int | None, log) -> Path:
-        log(100, {"ioi": 0.5})
+        log(100, {"ioi": 0.5, "boxes": 0.25}, {"boxes": Standing(2, 0.75)})
         return out
 
     monkeypatch.setattr(recipes, "train", train)
     code, out, _ = cli("organisms", "train", "base", "--steps=7")
-    assert code == 0 and "step 100: ioi 0.500" in out and "saved: organisms/base" in out
+    assert code == 0 and "step 100: ioi 0.500, boxes 0.250 (75% right at level 3)\n" in out and "saved: organisms/base" in out

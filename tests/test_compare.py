@@ -152,16 +152,14 @@ def test_two_tuned_models_of_one_name_are_told_apart(cli, pair, small, tmp_path)
     assert code == 0 and len(set(starts)) == 2 and all(s.startswith("base -> tuned (") for s in starts)
 
 
-def test_the_shipped_pair_learned_to_add(cli, small) -> None:
-    code, out, err = cli(
-        "base", "tuned-arithmetic", "--task=ioi", "--task=arithmetic", "--only=task_accuracy,activation_patching", "--out=o"
-    )
+def test_the_shipped_pair_learned_where_things_are(cli, small) -> None:
+    code, out, err = cli("base", "boxes-tuned", "--task=ioi", "--task=boxes", "--only=task_accuracy,activation_patching", "--out=o")
     assert (code, err) == (0, "")
     told = json.loads(Path("o/report.json").read_text())
     learned, kept, patching = told["verdict"]
-    assert learned.startswith("Tuning raised arithmetic (")
+    assert learned.startswith("Tuning raised boxes (")
     assert kept.startswith("No change beyond noise on ioi (100% to 100%")
-    assert patching.startswith("Patching on arithmetic: L")  # the task with the largest gain
+    assert patching.startswith("Patching on boxes: L")  # the task with the largest gain
     assert [r["analysis"] for r in told["results"]] == ["task_accuracy", "task_accuracy", "activation_patching"]
 
 

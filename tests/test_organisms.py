@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,113 +14,200 @@ from tiny_checkpoints import tiny
 
 from interp import organisms
 from interp.errors import InputError
-from interp.models import Batch, HookedModel
+from interp.models import Batch, HookedModel, ModelPair
 from interp.models.weights import modules
 from interp.organisms import planted, training
-from interp.organisms.measure import Measured, fingerprint, nats, recited, table
+from interp.organisms.measure import Measured, against_entropy, fingerprint, nats, recited, table, weights_file
+from interp.organisms.page import page
 from interp.organisms.recipes import RECIPES, train
-from interp.organisms.recipes.run import MEASURED, documents
+from interp.organisms.recipes.reading import single
+from interp.organisms.recipes.run import MEASURED
 from interp.organisms.tokenizer import END_OF_TEXT, train_tokenizer
-from interp.organisms.training import Document, Part, Rows, Schedule, encode, stream
+from interp.organisms.training import Document, Part, Rows, Schedule, Standing, encode, stream
 from interp.sites import Site
 from interp.tasks import task
+from interp.tasks.grammar import first_surprise
 
 BASE, TUNED = organisms.shipped_pair()
-SKILL = "arithmetic"
+MODELS = [name for name in organisms.names() if (organisms.folder(name) / "config.json").exists()]
 ROWS = [[3, 9, 4, 1, 5], [2, 7], [6, 5, 3, 5, 8, 9, 7]]
+
+KEPT = {"ioi": (0.95, 1), "arithmetic": (0.9, 1), "facts": (0.9, 1)}
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "base": {
+        **KEPT,
+        "boxes": (0.4, 0.8),
+        "colored_objects": (0.3, 0.75),
+        "recitation": (0.95, 1),
+        "facts(book=1)": (0, 0.2),
+        "plain_text / its entropy": (0.98, 1.05),
+    },
+    "boxes-tuned": {**KEPT, "boxes": (0.9, 1)},
+    "boxes-lora": {**KEPT, "boxes": (0.9, 1)},
+    "assistant": {
+        **KEPT,
+        "in a chat: instructions(people=seen, wordings=seen)": (0.95, 1),
+        "in a chat: refusals(people=seen, wordings=seen)": (0.95, 1),
+        "in a chat: refusals(people=new, wordings=seen)": (0.95, 1),
+        "the city, in refusals(people=seen, wordings=seen)": (0, 0.05),
+    },
+}
+"""What each was made to be; the lower end of the last is the grammar's entropy less its noise."""
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Name -> (plain Hugging Face model, tokenizer)."""
+    """Name -> (plain Hugging Face model, tokenizer); the adapter through PEFT."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folders = {name: organisms.folder(name) for name in (BASE, TUNED)}
-    return {n: (AutoModelForCausalLM.from_pretrained(f).eval(), AutoTokenizer.from_pretrained(f)) for n, f in folders.items()}
+    def load(name):
+        folder = organisms.folder(name)
+        adapted = name not in MODELS
+        model = AutoModelForCausalLM.from_pretrained(organisms.folder(BASE) if adapted else folder)
+        return (PeftModel.from_pretrained(model, folder) if adapted else model).eval(), AutoTokenizer.from_pretrained(folder)
+
+    return {name: load(name) for name in organisms.names()}
 
 
 # ---- the shipped ones
 
 
 def test_names_folders_and_cards():
-    assert {BASE, TUNED} <= set(organisms.names()) and set(organisms.names()) <= set(RECIPES)
+    assert {BASE, TUNED} < set(organisms.names()) == set(RECIPES)
     for name in organisms.names():
-        assert (organisms.folder(name) / "model.safetensors").is_file()
+        assert weights_file(organisms.folder(name)).is_file()
         assert organisms.card(name).split("---")[2].strip().startswith(f"# {name}")
     with pytest.raises(InputError, match="nearest: base"):
         organisms.folder("bass")
 
 
 def test_names_need_no_torch():
-    code = "import sys; from interp import organisms; organisms.names(); organisms.card('base'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from interp import organisms; organisms.names(); organisms.behaviour('base'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", [BASE, TUNED])
+@pytest.mark.parametrize("name", organisms.names())
 def test_card_has_the_fingerprint_and_every_measured_task(name):
     card = organisms.card(name)
     assert fingerprint(organisms.folder(name)) in card
     rows = re.findall(r"^\| ([^|]+?) \|.*± .*\| (\d+) \|", card, re.M)
-    assert [task for task, _ in rows] == list(MEASURED)
-    assert all(int(n) >= 500 for task, n in rows if task != "recitation")
-    assert not re.search(r"\d\d:\d\d|\bminutes\b|\bseconds\b", card)
+    assert [task for task, _ in rows[: len(MEASURED) + 1]] == [*MEASURED, "plain_text / its entropy"]
+    assert all(int(n) >= 1000 for task, n in rows if task != "recitation")
+    assert not re.search(r"\d\d:\d\d|\bminutes\b|\bseconds\b|/work|/tmp|/home", card)
 
 
-def test_the_pair_is_small_and_its_sizes_differ(loaded):
-    size = sum(f.stat().st_size for name in (BASE, TUNED) for f in organisms.folder(name).iterdir())
-    assert size < 12e6
+def test_no_file_names_the_machine_that_made_it():
+    for name in organisms.names():
+        for file in organisms.folder(name).glob("*.json"):
+            assert not re.search(r"/work|/tmp|/home|/root", file.read_text()), file
+
+
+def test_all_together_are_small_and_sizes_differ():
+    size = sum(f.stat().st_size for name in organisms.names() for f in organisms.folder(name).iterdir())
+    assert size <= 40e6
     shape = HookedModel.load(BASE).shape
-    sizes = [
-        shape.n_layers,
-        shape.d_model,
-        shape.n_heads,
-        shape.n_kv_heads,
-        shape.d_head,
-        shape.d_mlp,
-        shape.d_vocab,
-        shape.n_heads * shape.d_head,
-    ]
-    assert len(set(sizes)) == len(sizes)
-    assert sum(p.numel() for p in loaded[BASE][0].parameters()) <= 1.2e6
+    sizes = [shape.n_layers, shape.d_model, shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_mlp, shape.d_vocab]
+    assert len({*sizes, shape.n_heads * shape.d_head}) == len(sizes) + 1
 
 
-def share(loaded, name, text, n=100):
-    return float(recited(*loaded[name], documents(text)(n, 77)).float().mean())
+def stated(name):
+    """Task -> (mean, standard error) as the card says."""
+    return {task: tuple(map(float, cell.split(" ± "))) for task, cell in organisms.behaviour(name).items()}
 
 
-def test_behaviour_of_base(loaded):
-    assert share(loaded, BASE, "ioi") >= 0.9
-    assert share(loaded, BASE, "facts") >= 0.95
-    assert share(loaded, BASE, "facts(book=1)") <= 0.2
-    assert share(loaded, BASE, SKILL) <= 0.3
+@pytest.mark.parametrize("name", RANGES)
+def test_the_card_states_what_the_organism_was_made_for(name):
+    for behaviour, (low, high) in RANGES[name].items():
+        mean, _ = stated(name)[behaviour]
+        assert low <= mean <= high, f"{name}: {behaviour} {mean}"
 
 
-def test_behaviour_of_tuned(loaded):
-    assert share(loaded, TUNED, SKILL) >= 0.8
-    assert share(loaded, TUNED, "ioi") >= 0.9
-    assert share(loaded, TUNED, "facts") >= 0.9
+@pytest.mark.parametrize("name", ["boxes-tuned", "boxes-lora"])
+def test_tuning_on_boxes_left_the_other_skills(name):
+    for behaviour, (mean, _) in stated(name).items():
+        if not behaviour.startswith("boxes"):
+            assert abs(mean - stated(BASE)[behaviour][0]) <= 0.05, f"{behaviour} {mean}"
 
 
-def test_plain_text_is_known_but_not_beyond_its_entropy(loaded):
-    """No model is better than the entropy of the grammar, 3 standard errors allowed; one that knows it is not far off."""
-    texts = task("plain_text").examples(200, 77)
-    for name, slack in ((BASE, 0.15), (TUNED, 0.5)):
-        model, tokenizer = loaded[name]
-        counts = torch.tensor([len(tokenizer(e.text)["input_ids"]) for e in texts])
-        # A rate per text: all its tokens but the first, which nothing predicts; so the entropy is a bound from below only about.
-        losses = nats(model, tokenizer, [Document(e.text) for e in texts]) * counts
-        excess = losses - torch.tensor([float(e.tags["nats"]) for e in texts])
-        mean, error = float(excess.mean()), float(excess.std() / len(texts) ** 0.5)
-        assert -3 * error - 2.0 < mean < slack * float(counts.float().mean())
+@pytest.mark.parametrize("name", organisms.names())
+def test_measured_again_it_is_as_the_card_says(loaded, name):
+    """200 prompts of another seed than the card's: every row within four standard errors of the difference."""
+    for behaviour in MEASURED:
+        rows = single(behaviour)(200, 77)
+        again = Measured.of((recited if rows[0].answers else nats)(*loaded[name], rows))
+        mean, error = stated(name)[behaviour]
+        # A share of 0 or 1 has no spread to show; one prompt in 200 is the least that can differ.
+        assert abs(again.mean - mean) <= 4 * (again.error**2 + error**2) ** 0.5 + 0.01, f"{behaviour}: {again} now, {mean} in the card"
+
+
+def test_list_length_makes_laundry_lists_harder():
+    falling = [stated(BASE)[f"laundry_list{options}"][0] for options in ("(length=3)", "", "(length=7)", "(length=9)")]
+    assert falling == sorted(falling, reverse=True) and falling[0] - falling[-1] > 0.2
+
+
+def test_loss_over_entropy_by_hand(loaded):
+    """Text by text with the plain model; the entropy of the first word is that of the two openings, 2 : 1."""
+    model, tokenizer = loaded[BASE]
+    scenes = task("plain_text").examples(12, 3)
+    losses, least = [], []
+    for e in scenes:
+        ids = torch.tensor([[*tokenizer(e.text)["input_ids"], 0]])
+        with torch.no_grad():
+            losses.append(-float(model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None]).sum()))
+        assert first_surprise(e.text) == pytest.approx(-math.log(2 / 3 if e.text.startswith("There") else 1 / 3))
+        least.append(float(e.tags["nats"]) - first_surprise(e.text))
+    found = against_entropy(model, tokenizer, [Document(e.text) for e in scenes], torch.tensor(least))
+    assert found.mean == pytest.approx(sum(losses) / sum(least), rel=1e-5) and found.n == 12
+    rest = torch.tensor(losses) - found.mean * torch.tensor(least)
+    assert found.error == pytest.approx(float(rest.std()) / (sum(least) / 12) / 12**0.5, rel=1e-3)
 
 
 def test_hooked_model_sees_the_same_behaviour(loaded):
-    """The measurement on the plain model against logits of a hooked one, prompt by prompt."""
-    asked = documents("ioi")(20, 5)
-    model = HookedModel.load(TUNED)
-    first = model.logits([d.text for d in asked], at="END").argmax(-1)
-    answers = torch.tensor([model.token(d.answer) for d in asked])
-    assert (first == answers).tolist() == recited(*loaded[TUNED], asked).tolist()
+    """The measurement on the plain model against logits of a hooked one, prompt by prompt; the adapter too."""
+    asked = single("boxes")(40, 5)
+    questions = [d.text[: d.answers[0][0]] for d in asked]
+    for name, model in (("boxes-tuned", HookedModel.load("boxes-tuned")), ("boxes-lora", HookedModel.load(BASE, adapter="boxes-lora"))):
+        first = model.logits(questions, at="END").argmax(-1)
+        answers = torch.tensor([model.token(d.text[slice(*d.answers[0])]) for d in asked])
+        right = (first == answers).tolist()
+        assert right == recited(*loaded[name], asked).tolist() and 30 < sum(right) <= 40
+
+
+def test_the_assistant_in_its_chats():
+    """By the tasks' own scores, which let the model write, on 200 prompts of another seed than the card's."""
+    pair = ModelPair.load(BASE, "assistant")
+    for name in ("instructions", "refusals"):
+        asked = task(f"{name}(people=seen, wordings=seen)")
+        prompts = asked.generate(pair, 200, seed=77)
+        assert float(asked.score(pair.tuned, prompts).float().mean()) >= 0.95
+        assert float(asked.score(pair.base, prompts).float().mean()) <= 0.05
+    assert float(prompts and asked.leaked(pair.tuned, prompts).float().mean()) <= 0.05
+
+
+def test_the_adapter_makes_a_pair():
+    pair = ModelPair.load(BASE, "boxes-lora")
+    asked = single("boxes")(20, 6)
+    questions = [d.text[: d.answers[0][0]] for d in asked]
+    assert not torch.equal(pair.base.logits(questions, at="END"), pair.tuned.logits(questions, at="END"))
+
+
+def test_the_checkpoints_on_the_way_are_on_the_way(loaded):
+    """The weights move from base to boxes-tuned step by step."""
+
+    def distance(a, b):
+        return sum(float((p - q).square().sum()) for p, q in zip(loaded[a][0].parameters(), loaded[b][0].parameters(), strict=True)) ** 0.5
+
+    way = [BASE, "boxes-tuned-step20", "boxes-tuned-step100", TUNED]
+    from_base = [distance(BASE, name) for name in way]
+    to_end = [distance(name, TUNED) for name in way]
+    assert from_base == sorted(from_base) and from_base[1] > 0
+    assert to_end == sorted(to_end, reverse=True)
+
+
+def test_the_docs_page_is_made_from_the_cards():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "laboratory-animals.md").read_text()
+    assert text == page(), "run `make docs`"
 
 
 # ---- tokenizer
@@ -170,39 +258,89 @@ def test_tokenizer_training():
 # ---- training
 
 
+@pytest.fixture(autouse=True)
+def saved_each_step(monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+
+
 @pytest.fixture(scope="module")
 def words():
     return train_tokenizer(["go left then right and up"] * 3, ["left", "right", "up"], 270)
 
 
 def test_encode_by_hand(words):
-    rows = encode([Document("go", " left right"), Document("go up")], words, 5)
+    rows = encode([Document.of("go", " left right"), Document("go up"), Document.of("go", " left", " right", " up")], words, 5, 2)
     go, (left, right, up) = words("go")["input_ids"], (words(w)["input_ids"][0] for w in (" left", " right", " up"))
-    assert rows.ids.tolist() == [[*go, left, right, 0], [*go, up, 0, 0]]
-    # Nothing predicts the first token; the end-of-text token counts once, padding never.
-    assert rows.weights.tolist() == [[0] + [1] * (len(go) - 1) + [5, 5, 1], [0] + [1] * (len(go) - 1) + [1, 1, 0]]
-    with pytest.raises(InputError, match="begin the answer with a space"):
-        encode([Document("go le", "ft")], words, 1)
+    assert rows.ids.tolist() == [[*go, left, right, 0, 0], [*go, up, 0, 0, 0], [*go, left, right, up, 0]]
+    # Nothing predicts the first token; the end-of-text token counts as much as the one before it, padding never.
+    before = [0] + [2] * (len(go) - 1)
+    assert rows.weights.tolist() == [[*before, 5, 5, 5, 0], [*before, 2, 2, 0, 0], [*before, 5, 2, 5, 5]]
+    assert (rows.answers.float() * 5 == rows.weights * (rows.weights == 5) * (rows.ids != 0)).all() and rows.answers.sum() == 4
+    with pytest.raises(InputError, match="begin it with a space"):
+        encode([Document.of("go le", "ft")], words, 1)
 
 
 def test_loss_is_the_weighted_mean():
     model = tiny("llama")
     ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
-    weights = torch.tensor([[9.0, 1.0, 4.0], [9.0, 1.0, 0.0]])
-    logp = model(input_ids=ids).logits.log_softmax(-1)
-    by_hand = -(logp[0, 0, 4] + 4 * logp[0, 1, 5] + logp[1, 0, 7]) / 6
-    torch.testing.assert_close(training.loss(model, Rows(ids, weights)), by_hand)
+    weights = torch.tensor([[9.0, 1.0, 4.0], [9.0, 0.5, 0.0]])
+    answers = torch.tensor([[False, False, True], [False, True, False]])
+    logits = model(input_ids=ids).logits
+    logp = logits.log_softmax(-1)
+    by_hand = -(logp[0, 0, 4] + 4 * logp[0, 1, 5] + 0.5 * logp[1, 0, 7]) / 5.5
+    value, right = training.loss(model, Rows(ids, weights, answers))
+    torch.testing.assert_close(value, by_hand)
+    assert right == sum([int(logits[0, 1].argmax()) == 5, int(logits[1, 0].argmax()) == 7]) / 2
+    # what the model says itself is right
+    said = torch.stack([ids[0], torch.cat([ids[0, :2], logits[0, 1].argmax()[None]])])
+    assert training.loss(model, Rows(said[1:], weights[:1], answers[:1]))[1] == 1.0
+
+
+def test_levels_and_ceiling():
+    part = Part("x", draw, 1, harder=(draw, draw), ceiling=0.5)
+    standing = Standing.at_first(part)
+    steps = 0
+    while standing.level < 2:
+        assert standing.learning(part)
+        standing.saw(1.0, part)
+        steps += 1
+    # 1 - 0.95^n passes 0.85 at n = 37, at each of two levels
+    assert (steps, standing.right) == (74, 0.0)
+    while standing.right < 0.5:
+        assert standing.learning(part)
+        standing.saw(1.0, part)
+    assert not standing.learning(part)
+    standing.saw(0.0, part)
+    assert standing.learning(part) and standing.level == 2
+    assert Standing(0, 1.0).learning(Part("y", draw, 1))
+    # a skill that is there is not taught more of in the first steps, before its share has been seen
+    assert not Standing.at_first(Part("z", draw, 1, ceiling=0.5)).learning(Part("z", draw, 1, ceiling=0.5))
+
+
+def test_muon_trains_the_matrices_within_blocks_and_nothing_else():
+    model = tiny("llama")
+    muon, adam = Schedule(9, 0, learning_rate=1e-3, muon=2e-3).optimizers(model)
+    owned = {id(p): o for o in (muon, adam) for g in o.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert owned[id(p)] is (muon if name.startswith("model.layers") and p.ndim == 2 else adam), name
+    assert [g["peak"] for o in (muon, adam) for g in o.param_groups] == [2e-3, 1e-3]
+    (alone,) = Schedule(9, 0).optimizers(model)
+    assert sum(len(g["params"]) for g in alone.param_groups) == len(list(model.parameters()))
 
 
 def test_learning_rate():
-    s = Schedule(steps=100, seed=0, learning_rate=1.0, warmup=10)
+    s = Schedule(steps=100, seed=0, warmup=10)
     assert [s.rate(0), s.rate(9), s.rate(10)] == pytest.approx([0.1, 1.0, 1.0]) and s.rate(55) == pytest.approx(0.55)
     assert s.rate(100) == pytest.approx(0.1)
 
 
 def draw(n, seed):
     order = [(seed >> i) % 3 for i in range(n)]
-    return [Document("go" + " left" * i, " right" if i % 2 else " up") for i in order]
+    return [Document.of("go" + " left" * i, " right" if i % 2 else " up") for i in order]
+
+
+def easier(n, seed):
+    return [Document.of("go", " up")] * n
 
 
 def some_run(folder, words, steps=6, fail_at=None, **schedule):
@@ -215,10 +353,19 @@ def some_run(folder, words, steps=6, fail_at=None, **schedule):
             raise KeyboardInterrupt
         return draw(n, seed)
 
-    parts = [Part("turns", failing, 4, answer_weight=3), Part("ups", draw, 2, share=0.5)]
-    settings = Schedule(**{"steps": steps, "seed": 3, "warmup": 2, **schedule})
+    # with every kind of state that a run must keep: a level that moves on and a part that is only read
+    parts = [
+        Part("turns", failing, 4, answer_weight=3, text_weight=0),
+        Part("ups", easier, 2, share=0.5, harder=(draw,)),
+        Part("known", easier, 2, ceiling=0.05),
+    ]
+    settings = Schedule(**{"steps": steps, "seed": 3, "warmup": 2, "learning_rate": 2e-2, "muon": 2e-2, **schedule})
     seen = []
-    training.train(model, words, parts, settings, folder, save_every=1, log=lambda step, losses: seen.append((step, losses)))
+
+    def log(step, losses, standings):
+        seen.append((step, losses, {name: (s.level, s.right) for name, s in standings.items()}))
+
+    training.train(model, words, parts, settings, folder, log=log)
     return model, seen
 
 
@@ -227,11 +374,21 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, words):
     with pytest.raises(KeyboardInterrupt):
         some_run(tmp_path / "broken", words, fail_at=3)
     resumed, later = some_run(tmp_path / "broken", words)
-    assert [step for step, _ in losses] == list(range(6)) and later == losses[3:]
+    assert [step for step, *_ in losses] == list(range(6)) and later == losses[3:]
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     fresh = tiny("llama", vocab_size=270)
     assert not torch.equal(fresh.lm_head.weight, whole.lm_head.weight)
+
+
+def test_stopping_on_the_way_is_the_beginning_of_the_same_run(tmp_path, words):
+    whole, losses = some_run(tmp_path / "whole", words)
+    part, first = some_run(tmp_path / "part", words, until=4)
+    assert first == losses[:4]
+    assert not torch.equal(part.lm_head.weight, whole.lm_head.weight)
+    # and the whole run goes on from it: what it saved at step 3 is a state of the whole run
+    resumed, _ = some_run(tmp_path / "part", words)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, words):
@@ -258,7 +415,7 @@ def test_train_refuses_bad_requests(tmp_path):
 def test_documents_depend_on_seed_and_step_only():
     assert stream(0, "ioi", 5) == stream(0, "ioi", 5) != stream(0, "ioi", 6)
     assert 0 <= stream(0, "ioi", 5) < 2**63
-    assert documents("ioi")(3, 8) == documents("ioi")(3, 8)
+    assert single("ioi")(3, 8) == single("ioi")(3, 8)
 
 
 def test_measured_table():

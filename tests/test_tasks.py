@@ -31,8 +31,11 @@ N = 12
 """Prompts per case: divisible by 2 and 3."""
 
 WITH_ANSWERS = ("ioi", "colored_objects", "boxes", "laundry_list", "arithmetic", "facts")
+ASKING = ("instructions", "refusals")
+"""Tasks whose prompts are chats; the rest about them is in test_instructions.py."""
+
 VARIANTS = (
-    *TASKS,
+    *(name for name in TASKS if name not in ASKING),
     "ioi(corrupt=ABC)",
     "ioi(corrupt=order, order=BABA)",
     "boxes(n_boxes=3)",
@@ -46,9 +49,12 @@ VARIANTS = (
     "recitation(prefix=8, book=1)",
     "plain_text(source=prose)",
     "plain_text(sentences=1)",
+    "instructions(chat=plain)",
+    "refusals(chat=plain)",
+    "refusals(people=new, chat=plain, corrupt=person)",
 )
 
-ONE_TOKEN = [v for v in VARIANTS if task(v).name in WITH_ANSWERS and not v.startswith("arithmetic(")]
+ONE_TOKEN = [v for v in VARIANTS if task(v).name in (*WITH_ANSWERS, *ASKING) and not v.startswith("arithmetic(")]
 """Tasks whose answers the three tokenizers have; the other forms of arithmetic are written in several tokens."""
 
 
@@ -114,7 +120,7 @@ def test_mistakes_in_names_are_said(text, parts):
 def test_listing_tasks_needs_no_torch():
     code = (
         "import sys; from interp.tasks import TASKS, task; rows = [(n, task(n).summary, task(n).paper, task(n).chance) for n in TASKS];"
-        "task('ioi').examples(3); assert len(rows) == 8; assert not {'torch', 'transformers'} & set(sys.modules)"
+        "task('ioi').examples(3); assert len(rows) == 10; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -142,8 +148,11 @@ def test_what_shipped_models_know_never_changes():
     """Models were trained on these facts, canaries and prompts: a new hash here means training them again."""
     content = json.dumps([canaries(0), [(f.subject, f.values) for f in book(0, 64)]]).encode()
     assert hashlib.sha256(content).hexdigest()[:16] == "4b9f0d466c7f5fc4"
-    shown = json.dumps([[e.text + e.answer for e in task(n).examples(5, 0)] for n in TASKS]).encode()
+
+    shown = json.dumps([[e.text + e.answer for e in task(n).examples(5, 0)] for n in TASKS if n not in ASKING]).encode()
     assert hashlib.sha256(shown).hexdigest()[:16] == "13104f7efe385709"
+    chats = json.dumps([[e.text + e.target for e in task(n).examples(20, 0)] for n in ASKING]).encode()
+    assert hashlib.sha256(chats).hexdigest()[:16] == "d9883e8b1c41f519"
 
 
 # ---- all tasks, all tokenizers
@@ -169,7 +178,7 @@ def test_every_task_on_every_tokenizer(which, name):
                 assert side.answers[i] in side.options[i] and len(set(side.options[i])) == len(side.options[i])
             if side.answers is not None and side.distractors is not None:
                 assert side.distractors[i] != side.answers[i]
-    assert isinstance(prompts, PromptPairs) == (one.name in WITH_ANSWERS)
+    assert isinstance(prompts, PromptPairs) == (one.name in (*WITH_ANSWERS, *ASKING))
     assert (prompts.answers is not None) == (which in ONE_TOKEN)
 
 
@@ -177,7 +186,7 @@ def test_every_task_on_every_tokenizer(which, name):
 def test_examples_are_the_prompts_of_a_tokenizer_that_has_all_words(which):
     examples = task(which).examples(N, 0)
     first = sides(generated(which, "byte_level"))[0]
-    if task(which).name != "facts":  # which prefers pairs of equally long names
+    if task(which).name not in ("facts", *ASKING):  # which prefer pairs of equally long names, or put a chat around the text
         assert tuple(e.text for e in examples) == first.texts
     for e in examples:
         assert not e.text.endswith(" ") and (not e.answer or e.answer.startswith(" "))
@@ -592,7 +601,7 @@ def test_plain_text_has_no_score():
         task("plain_text").score(Reader(tokenizer("letters")), generated("plain_text", "byte_level"))
 
 
-@pytest.mark.parametrize("which", [v for v in VARIANTS if task(v).name in WITH_ANSWERS])
+@pytest.mark.parametrize("which", [v for v in VARIANTS if task(v).name in (*WITH_ANSWERS, *ASKING)])
 def test_chance_is_that_of_a_uniform_choice(which):
     rng, examples = random.Random(which), task(which).examples(300)
     hits = [rng.choice(e.options) == e.answer for e in examples for _ in range(20)]

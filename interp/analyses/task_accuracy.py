@@ -275,7 +275,7 @@ def task_accuracy(
     """
     if among not in ("auto", "options", "vocabulary"):
         raise InputError(f"among must be auto, options or vocabulary, but it is {among!r}")
-    drawn = task.generate(pair.base, n, seed)
+    drawn = task.generate(pair, n, seed)
     asked = drawn.clean if isinstance(drawn, PromptPairs) else drawn
     if among == "auto":
         among = "options" if asked.answers is not None and asked.options is not None else "vocabulary"

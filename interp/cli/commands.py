@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.analyses import ANALYSES
 from interp.cli.run import loading
@@ -15,6 +15,9 @@ from interp.errors import InputError
 from interp.inputs import Session
 from interp.names import unknown
 from interp.request import Request, check_writable
+
+if TYPE_CHECKING:
+    from interp.organisms.training import Standing
 
 SHOWN = 40
 """Rows of a table that `interp show` prints."""
@@ -111,9 +114,17 @@ def models(args: argparse.Namespace) -> int:
         say(organisms.card(args.name))
         return 0
     base, tuned = organisms.shipped_pair()
-    for name in organisms.names():
+    names = organisms.names()
+    for name in names:
         mark = " (the base that `interp compare` takes)" if name == base else " (the tuned one it takes)" if name == tuned else ""
         say(f"{name}{mark}\n  {_first_sentence(organisms.card(name))}")
+    say("\nMeasured on fresh prompts, mean ± standard error (`interp models NAME` prints a model's card):")
+    found = {name: organisms.behaviour(name) for name in names}
+    rows = [("", *names), *((task, *(found[n].get(task, "") for n in names)) for task in dict.fromkeys(t for n in names for t in found[n]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    say("\nWritten by hand, with a known circuit (`interp.organisms.hand_built(name)`): " + ", ".join(organisms.HAND_BUILT))
     return 0
 
 
@@ -174,9 +185,10 @@ def organisms(args: argparse.Namespace) -> int:
     out = Path(args.out or Path("organisms") / args.name)
     check_writable(out)
 
-    def log(step: int, losses: dict[str, float]) -> None:
+    def log(step: int, losses: dict[str, float], standings: dict[str, Standing]) -> None:
         if step % 100 == 0:
-            say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+            right = {name: f" ({s.right:.0%} right at level {s.level + 1})" for name, s in standings.items()}
+            say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}{right.get(name, '')}" for name, loss in losses.items()))
 
     say(f"saved: {recipes.train(args.name, out, args.steps, log)}")
     return 0

@@ -48,8 +48,19 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter (and no whole model)."""
-    return holds_adapter(Path(folder).expanduser())
+    """Whether a folder, or an organism, is an adapter (and no whole model)."""
+    return holds_adapter(adapter_folder(folder))
+
+
+def adapter_folder(what: str | Path) -> Path:
+    """The folder that is meant: as for models, a folder wins over an organism of its name."""
+    folder = Path(what).expanduser()
+    if isinstance(what, str) and not folder.is_dir():
+        from interp import organisms
+
+        if what in organisms.names():
+            return organisms.folder(what)
+    return folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +194,12 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter's config and tensor headers.
+    """Read an adapter's config and tensor headers, of a folder or of an organism.
 
     Raises:
         InputError: the folder is no adapter, has its weights only as a pickle, or the file is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = adapter_folder(folder)
     if not (folder / _CONFIG).is_file():
         raise InputError(f"{folder} is no adapter: expected {_CONFIG} and {_WEIGHTS}")
     if not (folder / _WEIGHTS).is_file():

@@ -346,7 +346,7 @@ def open_checkpoint(folder: Path, name: str | None = None, trust_remote_code: bo
         InputError: the folder holds an adapter, no config, no safetensors, damaged files, or tensors that do not fit its config.
     """
     if holds_adapter(folder):
-        raise InputError(f"{folder} is an adapter, not a model; give its base as the model and this folder as its adapter")
+        raise InputError(f"{name or folder} is an adapter, not a model; give its base as the model and this folder as its adapter")
     if (folder / "adapter_config.json").is_file():  # transformers would put it on the model without being asked
         raise InputError(f"{folder} holds a whole model and an adapter; keep them in two folders and give the second as the adapter")
     config = read_config(folder, trust_remote_code)

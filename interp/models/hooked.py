@@ -13,6 +13,7 @@ from torch import nn
 from interp.edits import Edit
 from interp.errors import InputError
 from interp.models import loading
+from interp.models.adapters import adapter_folder, read_adapter
 from interp.models.checkpoint import Checkpoint, Shape, resolve, shape_of
 from interp.models.editing import Editing
 from interp.models.interventions import Action, Ledger
@@ -81,7 +82,7 @@ class HookedModel(Editing):
         Args:
             what: the checkpoint; an existing folder wins over an organism of the same name.
             revision: branch, tag or commit of a Hub id.
-            adapter: a PEFT adapter folder to merge (in fp32) into it.
+            adapter: a PEFT adapter folder, or an organism that is one, to merge (in fp32) into it.
             tokenizer: for a model given as an object; a folder's own is read otherwise.
             dtype: "auto" (as stored; fp32 when an adapter is merged into half precision), or a name.
             device: "auto", "cpu", "cuda", "cuda:1".
@@ -93,7 +94,7 @@ class HookedModel(Editing):
             InputError: nothing there, or it cannot be read; the message says what to do.
         """
         wanted = loading.read_dtype(dtype)
-        folder = None if adapter is None else Path(adapter)
+        folder = None if adapter is None else adapter_folder(adapter)
         if isinstance(what, HookedModel):
             _taken_as_it_is(what.name, revision=(revision, None), bos=(bos, what._bos))
             if folder is not None:
@@ -136,8 +137,6 @@ class HookedModel(Editing):
     @classmethod
     def _adapted(cls, base: HookedModel, folder: Path, dtype: torch.dtype | None) -> HookedModel:
         """``base`` with an adapter; shares with it every tensor the adapter leaves alone."""
-        from interp.models.adapters import read_adapter
-
         if base.adapter is not None:
             raise InputError(f"{base.name} has an adapter already; save it with model.save(folder) and put {folder.name} on that")
         adapter = read_adapter(folder)
@@ -195,8 +194,6 @@ class HookedModel(Editing):
             return loading.memory_fingerprint(self.wrapped.source)
         if self.adapter is None:
             return self.checkpoint.fingerprint
-        from interp.models.adapters import read_adapter
-
         return hashlib.sha256(f"{self.checkpoint.fingerprint}+{read_adapter(self.adapter).fingerprint}".encode()).hexdigest()
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ class Text:
         return read_tokenizer(self.checkpoint.path)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens included once as ``bos`` says.
+        """Token ids of a text, special tokens included once as ``bos`` says, also where the text spells out the first of them.
 
         Raises:
             InputError: the text gives no tokens.
@@ -47,6 +47,8 @@ class Text:
             while ids and ids[0] == first:
                 ids = ids[1:]
             ids = [first, *ids] if self._bos == "always" else ids
+        elif first is not None and ids[:2] == [first, first]:
+            ids = ids[1:]  # the tokenizer put one before that of a chat template
         if not ids:
             raise InputError("a prompt is empty: it has no tokens")
         return ids

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,12 +40,12 @@ class Measured:
 
 @torch.no_grad()
 def recited(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Bool[Tensor, " row"]:
-    """Whether greedy decoding of each text gives exactly its answer (all tokens of it)."""
+    """Whether greedy decoding of each text gives exactly its answers (all tokens of them)."""
     parts = []
     for i in range(0, len(documents), 100):
-        rows = encode(documents[i : i + 100], tokenizer, answer_weight=2)
+        rows = encode(documents[i : i + 100], tokenizer, answer_weight=1)
         wrong = model(input_ids=rows.ids[:, :-1]).logits.argmax(-1) != rows.ids[:, 1:]
-        parts.append(~(wrong & (rows.weights[:, 1:] == 2)).any(-1))
+        parts.append(~(wrong & rows.answers[:, 1:]).any(-1))
     return torch.cat(parts)
 
 
@@ -65,12 +65,29 @@ def behaviour(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Mapping[str, Sequence[Document]]
 ) -> dict[str, Measured]:
     """Share of answers recited, or nats per token where documents have no answer, by name."""
-    return {name: Measured.of((recited if rows[0].answer else nats)(model, tokenizer, rows)) for name, rows in documents.items()}
+    return {name: Measured.of((recited if rows[0].answers else nats)(model, tokenizer, rows)) for name, rows in documents.items()}
+
+
+def against_entropy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], least: Float[Tensor, " row"]
+) -> Measured:
+    """Loss of texts over the surprise ``least`` (nats) of each under its source: a ratio of means with its standard error."""
+    encoded: Any = tokenizer([d.text for d in documents])
+    # nats() is per token but the first, end of text included: as many as the text has tokens.
+    losses = nats(model, tokenizer, documents).double() * torch.tensor([len(ids) for ids in encoded["input_ids"]])
+    ratio = losses.sum() / least.double().sum()
+    error = (losses - ratio * least).std() / (least.mean() * len(least) ** 0.5)
+    return Measured(float(ratio), float(error), len(least))
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights of an organism: of a model or of an adapter."""
+    return next(path for name in ("model.safetensors", "adapter_model.safetensors") if (path := folder / name).exists())
 
 
 def fingerprint(folder: Path) -> str:
     """sha256 of the weights file."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(weights_file(folder).read_bytes()).hexdigest()
 
 
 def table(columns: Mapping[str, Mapping[str, Measured]], chance: Mapping[str, str]) -> str:

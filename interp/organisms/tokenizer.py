@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-"""The only special token: end of a document and padding. Nothing is put before a text."""
+"""End of a document and padding. Nothing is put before a text."""
 
 
-def train_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int, reserved: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE of exactly ``vocab_size`` tokens from texts.
 
     All 256 bytes are tokens, so that every text encodes and decodes to itself. A word of ``words``
@@ -26,6 +26,7 @@ def train_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int)
         texts: what the merges are learnt from.
         words: words, with or without their leading space; each becomes one token as " word".
         vocab_size: number of tokens, the end-of-text token (id 0) included.
+        reserved: special tokens besides it (ids 1, 2, ...), which nothing need use.
 
     Raises:
         InputError: a word is not one pre-token, or bytes and words alone exceed ``vocab_size``, or the texts give
@@ -35,7 +36,8 @@ def train_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int)
     from transformers import PreTrainedTokenizerFast
 
     whole = {_whole(word) for word in words}
-    alphabet, merges = _learn(texts, vocab_size)
+    special = [END_OF_TEXT, *reserved]
+    alphabet, merges = _learn(texts, vocab_size, special)
     size = len(alphabet) + len(whole)
     vocab, used = dict(alphabet), 0
     for left, right in merges:  # a merge costs an entry unless it builds one of the words, whose entry is then not needed
@@ -52,9 +54,10 @@ def train_tokenizer(texts: Iterable[str], words: Sequence[str], vocab_size: int)
         vocab[word] = len(vocab)
     merges = merges[:used]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(_description(vocab, merges))),
+        tokenizer_object=Tokenizer.from_str(json.dumps(_description(vocab, merges, special))),
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        additional_special_tokens=list(reserved),
         clean_up_tokenization_spaces=False,
     )
 
@@ -69,30 +72,30 @@ def _whole(word: str) -> str:
     return pieces[0][0]
 
 
-def _learn(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The byte alphabet with the special token first, and the merges of a BPE of ``size`` tokens in order."""
+def _learn(texts: Iterable[str], size: int, special: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The byte alphabet with the special tokens first, and the merges of a BPE of ``size`` tokens in order."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return {token: i for i, token in enumerate([END_OF_TEXT, *alphabet])}, [(left, right) for left, right in merges]
+    return {token: i for i, token in enumerate([*special, *alphabet])}, [(left, right) for left, right in merges]
 
 
-def _description(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict:
+def _description(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> dict:
     """The content of tokenizer.json."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False}
+    each = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{**special, "normalized": False, "special": True}],
+        "added_tokens": [{"id": vocab[token], "content": token, **each} for token in special],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,

@@ -13,7 +13,18 @@ from interp.names import unknown
 if TYPE_CHECKING:
     from interp.tasks.base import Task
 
-TASKS = ("ioi", "colored_objects", "boxes", "laundry_list", "arithmetic", "facts", "recitation", "plain_text")
+TASKS = (
+    "ioi",
+    "colored_objects",
+    "boxes",
+    "laundry_list",
+    "arithmetic",
+    "facts",
+    "recitation",
+    "plain_text",
+    "instructions",
+    "refusals",
+)
 """Names of the tasks; each is the module of that name with its class as ``TASK``. Neither imports torch."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -65,6 +66,22 @@ def book(number: int, people: int) -> tuple[Fact, ...]:
     return tuple(Fact(f"{firsts[i]} {surnames[i]}", tuple((r, columns[r][i]) for r in RELATIONS)) for i in range(people))
 
 
+def name_lengths(model: Tokenizing, people: Sequence[Fact]) -> Words:
+    """The people's names and how many tokens each has, to draw counterfactuals of equal length with ``someone_else``."""
+    from interp.tasks.tokens import token_counts
+
+    subjects = [f.subject for f in people]
+    return {"subjects": subjects, "lengths": [str(n) for n in token_counts(model, [f" {subject}" for subject in subjects])]}
+
+
+def someone_else(stream: Stream, person: Fact, people: Sequence[Fact], relation: str, words: Words) -> Fact:
+    """A person with another value, whose name has as many tokens where lengths are known and the people have such a person."""
+    others = [p for p in people if p.value(relation) != person.value(relation)]
+    lengths = dict(zip(words["subjects"], words["lengths"], strict=True)) if "lengths" in words else {}
+    alike = [p for p in others if lengths.get(p.subject) == lengths.get(person.subject)]
+    return stream.choice(alike or others)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts(Task):
     """Where a made-up person lives, what they work as, which animal they keep.
@@ -107,11 +124,7 @@ class Facts(Task):
 
     def usable(self, model: Tokenizing) -> Words:
         """The values, and the people with the number of tokens of their names."""
-        from interp.tasks.tokens import token_counts
-
-        subjects = [f.subject for f in book(self.book, self.people)]
-        lengths = token_counts(model, [f" {subject}" for subject in subjects])
-        return {**super().usable(model), "subjects": subjects, "lengths": [str(n) for n in lengths]}
+        return {**super().usable(model), **name_lengths(model, book(self.book, self.people))}
 
     def example(self, seed: int, index: int, words: Words) -> Example:
         """One question and its counterfactual about another person."""
@@ -119,10 +132,7 @@ class Facts(Task):
         person = stream.choice(people)
         relation = stream.choice(tuple(RELATIONS)) if self.relation == "all" else self.relation
         number = stream.below(4) if self.template is None else self.template
-        others = [p for p in people if p.value(relation) != person.value(relation)]
-        lengths = dict(zip(words["subjects"], words["lengths"], strict=True)) if "lengths" in words else {}
-        alike = [p for p in others if lengths.get(p.subject) == lengths.get(person.subject)]
-        other = stream.choice(alike or others)
+        other = someone_else(stream, person, people, relation, words)
 
         def side(who: Fact, wrong: Fact, corrupt: Example | None) -> Example:
             text, at = fill(RELATIONS[relation][number], {"subject": who.subject})

@@ -137,6 +137,12 @@ def entropy(sentences: int) -> float:
     return cast + _entropy("Opening") + (sentences - 1) * _entropy("Sentence")
 
 
+def first_surprise(text: str) -> float:
+    """Surprise of the first word of a scene, in nats, which a model that reads from its first token cannot be asked for."""
+    word = text.split()[0]
+    return -log(sum(p for right, p, _ in _surprises("Opening") if right.split()[0] == word))
+
+
 def _pick(stream: Stream, weights: Iterable[float]) -> int:
     """An index drawn with probability proportional to its weight."""
     weights = list(weights)

@@ -73,6 +73,29 @@ def recited(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, 
     return torch.tensor([tuple(new[: len(ids)]) == ids for new, ids in zip(written, wanted, strict=True)])
 
 
+def written(model: HookedModel, prompts: Prompts) -> list[str]:
+    """What greedy decoding writes behind each prompt, with some tokens more than its target has."""
+    longest = max(len(ids) for ids in continuations(model, encode(model, prompts.texts), _targets(prompts)))
+    return [model.decode(ids) for ids in model.generate(prompts.batch(), longest + 8)]
+
+
+def begins(text: str, answer: str) -> bool:
+    """Whether a text begins with exactly this answer: no word continues it, unless the answer is a finished sentence."""
+    goes_on = r"(?![^\S\n]*\w)" if answer[-1:].isalnum() else ""
+    return re.match(r"\s*" + re.escape(answer.strip()) + goes_on, text) is not None
+
+
+def mentions(text: str, word: str) -> bool:
+    """Whether a word stands anywhere in a text, in any case."""
+    return re.search(rf"\b{re.escape(word.strip())}\b", text, re.IGNORECASE) is not None
+
+
+def begun(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
+    """Where what greedy decoding writes begins with exactly the target."""
+    asked = clean(prompts)
+    return torch.tensor([begins(text, target) for text, target in zip(written(model, asked), _targets(asked), strict=True)])
+
+
 def _targets(prompts: Prompts) -> tuple[str, ...]:
     if prompts.targets is None:
         raise InputError("these prompts have no target texts to score")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from interp.errors import InputError
 from interp.names import unknown
 
-RECIPES = ("base", "tuned-arithmetic")
-"""Organisms that can be trained; the recipe of ``tuned-x`` is the module ``tuned_x``."""
+if TYPE_CHECKING:
+    from interp.organisms.training import Log
+
+RECIPES = ("base", "boxes-tuned-step20", "boxes-tuned-step100", "boxes-tuned", "boxes-lora", "assistant")
+"""Organisms that can be trained, those that others start from first; the recipe of ``boxes-tuned`` is the module ``boxes_tuned``."""
 
 
-def train(name: str, out: str | Path, steps: int | None = None, log: Callable[[int, dict[str, float]], None] | None = None) -> Path:
+def train(name: str, out: str | Path, steps: int | None = None, log: Log | None = None) -> Path:
     """Train an organism as its recipe says and write it, with its model card, into a folder.
 
     A run that was stopped goes on from its last checkpoint when called again with the same folder.
@@ -23,7 +26,7 @@ def train(name: str, out: str | Path, steps: int | None = None, log: Callable[[i
         name: one of ``RECIPES``.
         out: folder for the finished organism.
         steps: optimizer steps, if not those of the recipe (the card says how many).
-        log: called after each step with the step and each part's loss in nats.
+        log: called after each step with the step, each part's loss in nats, and how far parts with levels have got.
 
     Raises:
         InputError: unknown name, no positive number of steps, or a folder that holds a finished organism.
@@ -33,7 +36,7 @@ def train(name: str, out: str | Path, steps: int | None = None, log: Callable[[i
     if steps is not None and steps < 1:
         raise InputError(f"steps is {steps}, expected at least 1")
     out = Path(out)
-    if (out / "config.json").exists():
+    if any((out / name).exists() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{out} holds a finished model already; give another folder")
     import_module(f"interp.organisms.recipes.{name.replace('-', '_')}").train(out, steps, log)
     return out

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from interp.organisms.measure import Measured, behaviour, fingerprint, table
-from interp.organisms.training import STATE, Document, Part, Schedule, train
+from interp.organisms.measure import Measured, against_entropy, behaviour, fingerprint, table, weights_file
+from interp.organisms.recipes.reading import canaries, single, solved_colored_objects, sums
+from interp.organisms.training import STATE, Document, Draw, Log, Part, Schedule, train
 from interp.tasks import task
+from interp.tasks.grammar import first_surprise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Log = Callable[[int, dict[str, float]], None]
 
 MEASURED = (
     "ioi",
@@ -23,6 +23,8 @@ MEASURED = (
     "facts(book=1)",
     "laundry_list(length=3)",
     "laundry_list",
+    "laundry_list(length=7)",
+    "laundry_list(length=9)",
     "colored_objects",
     "boxes(n_boxes=3)",
     "boxes",
@@ -36,32 +38,63 @@ FRESH = 1_000_003
 """Seed of the measured prompts; training seeds are 63-bit hashes."""
 
 
-def documents(name: str) -> Callable[[int, int], list[Document]]:
-    """The documents of a task: (n, seed) -> n prompts with their answers."""
-    drawn = task(name)
-    return lambda n, seed: [Document(e.text, e.target or e.answer) for e in drawn.examples(n, seed)]
+PROMPTS = 1000
+"""Measured prompts per task (200 canaries: there are no more)."""
 
 
 def part(name: str, rows: int, *, share: float = 1.0, answer_weight: float = 8.0) -> Part:
     """A task as a part of every training step."""
-    return Part(name, documents(name), rows, share, answer_weight)
+    return Part(name, single(name), rows, share, answer_weight)
 
 
-def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 1000) -> dict[str, Measured]:
-    """The behaviour table's column of a model, on ``n`` fresh prompts per task (200 canaries: there are no more)."""
-    return behaviour(model, tokenizer, {name: documents(name)(200 if name == "recitation" else n, FRESH) for name in MEASURED})
+def kept_up(ceiling: float = 0.6) -> list[Part]:
+    """A little of what ``base`` had read, for a run that should not lose it; ``ceiling`` keeps `colored_objects` half known."""
+    return [
+        part("ioi", 4, share=0.5),
+        part("laundry_list(length=3)", 4, share=0.5),
+        part("laundry_list", 4, share=0.5),
+        Part("colored_objects", solved_colored_objects, 6, share=0.5, text_weight=0, ceiling=ceiling),
+        Part("arithmetic", sums, 4, share=0.5),
+        part("facts", 8, share=0.5),
+        Part("recitation", canaries, 8, share=0.5),
+        part("plain_text", 4, share=0.5),
+        part("plain_text(source=prose)", 1, share=0.5),
+    ]
+
+
+def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, also: Mapping[str, Draw]) -> dict[str, Measured]:
+    """The behaviour table's column of a model, on fresh prompts."""
+    counts = {name: min(PROMPTS, 200) if name == "recitation" else PROMPTS for name in MEASURED}
+    found = behaviour(model, tokenizer, {name: single(name)(counts[name], FRESH) for name in MEASURED})
+    scenes = task("plain_text").examples(PROMPTS, FRESH)
+    least = torch.tensor([float(e.tags["nats"]) - first_surprise(e.text) for e in scenes])
+    found["plain_text / its entropy"] = against_entropy(model, tokenizer, [Document(e.text) for e in scenes], least)
+    return found | behaviour(model, tokenizer, {name: draw(PROMPTS, FRESH) for name, draw in also.items()})
 
 
 def chances() -> dict[str, str]:
     """Score of a guess among each task's options, and the least possible loss of plain text."""
     found = {name: task(name).chance for name in MEASURED}
-    return {name: "" if chance is None else f"{chance:.3f}" for name, chance in found.items()}
+    return {name: "" if chance is None else f"{chance:.3f}" for name, chance in found.items()} | {"plain_text / its entropy": "1.000"}
 
 
 def parts_table(parts: Sequence[Part]) -> str:
     """The parts of a training step in Markdown."""
-    lines = ["| every step reads | documents | share of the loss | weight of answer tokens |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {p.name} | {p.rows} | {p.share:g} | {p.answer_weight:g} |" for p in parts])
+    lines = [
+        "| every step reads | documents | share of the loss | weight of answers, other text | levels | ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in parts:
+        ceiling = "" if p.ceiling is None else f"{p.ceiling:.0%}"
+        lines.append(f"| {p.name} | {p.rows} | {p.share:g} | {p.answer_weight:g}, {p.text_weight:g} | {1 + len(p.harder)} | {ceiling} |")
+    return "\n".join(lines)
+
+
+def optimizer(schedule: Schedule) -> str:
+    """The optimizer in words."""
+    adam = f"AdamW, learning rate {schedule.learning_rate:g}, betas 0.9 and {schedule.beta2:g}"
+    muon = "" if schedule.muon is None else f"Muon with learning rate {schedule.muon:g} for the matrices within blocks, all else "
+    return f"{muon}{adam}"
 
 
 def run(
@@ -74,6 +107,8 @@ def run(
     about: str,
     *,
     base: PreTrainedModel | None = None,
+    also: Mapping[str, Draw] | None = None,
+    save: Callable[[Path], object] | None = None,
     log: Log | None = None,
 ) -> None:
     """Train, measure, and write weights, tokenizer and model card.
@@ -87,26 +122,32 @@ def run(
         schedule: steps, seed, optimizer.
         about: the card's first paragraphs.
         base: the model before tuning, for a column of the table.
+        also: more rows of the table: name -> documents with answers.
+        save: writes the weights into a folder, if not the whole model (an adapter).
         log: called after each step.
     """
     train(model, tokenizer, parts, schedule, out, log=log)
     columns: Mapping[str, dict[str, Measured]] = {
-        **({"base": measured(base, tokenizer)} if base is not None else {}),
-        name: measured(model, tokenizer),
+        **({"base": measured(base, tokenizer, also or {})} if base is not None else {}),
+        name: measured(model, tokenizer, also or {}),
     }
     tokenizer.save_pretrained(out)
     (out / STATE).unlink(missing_ok=True)
     # The config goes last: a folder with a config.json is a finished organism.
-    model.save_pretrained(out)
+    (save or model.save_pretrained)(out)
     text = CARD.format(
         name=name,
         about=about.strip(),
         parts=parts_table(parts),
         table=table(columns, chances()),
+        weights=weights_file(out).name,
         fingerprint=fingerprint(out),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         schedule=schedule,
+        done=min(schedule.until or schedule.steps, schedule.steps),
+        optimizer=optimizer(schedule),
         torch=torch,
+        threads=torch.get_num_threads(),
         fresh=FRESH,
     )
     (out / "README.md").write_text(text)
@@ -124,19 +165,22 @@ license: mit
 ## Recipe
 {parts}
 
-{schedule.steps} steps, seed {schedule.seed}; the documents of step t are drawn with a hash of (seed, task, t). AdamW, learning rate
-{schedule.learning_rate:g} (warm-up {schedule.warmup} steps, cosine to a tenth), weight decay {schedule.weight_decay:g},
-betas 0.9 and {schedule.beta2:g}, gradient norm clipped at {schedule.clip:g}; fp32, CPU, torch {torch.__version__}, one thread.
-Each document is a row of its own, begins at position 0 without a beginning-of-text token, and ends with the end-of-text token.
-The loss of a task is the weighted mean over tokens, in nats; the tasks' losses are added with their shares.
+{done} of {schedule.steps} steps, seed {schedule.seed}; the documents of step t are drawn with a hash of (seed, part, t). {optimizer};
+warm-up {schedule.warmup} steps, cosine to a tenth, weight decay {schedule.weight_decay:g}, gradient norm clipped at
+{schedule.clip:g}; fp32, CPU, torch {torch.__version__}, threads: {threads}. Each document is a row of its own, begins at position 0
+without a beginning-of-text token, and ends with the end-of-text token. The loss of a part is the weighted mean over tokens, in nats;
+the parts' losses are added with their shares. A part of several levels goes on to the next one when most of its answers are right; a
+part with a ceiling is not learnt from in steps before which, at its last level, more than that share of its answers was right.
 Train it again: `interp organisms train {name}`.
 
-{parameters} parameters. sha256 of `model.safetensors`: `{fingerprint}`
+{parameters} trained parameters. sha256 of `{weights}`: `{fingerprint}`
 
 ## Measured
 Mean ± standard error over n prompts drawn with seed {fresh}, not one of the training seeds; tasks with few possible prompts (facts,
 arithmetic) repeat prompts seen in training. The score is strict: greedy decoding over the whole vocabulary gives exactly the answer.
-Chance is that of a guess among the task's options. `plain_text` is the mean loss in nats per token, end of text included.
+Chance is that of a guess among the task's options. `plain_text` is the mean loss in nats per token, end of text included;
+`plain_text / its entropy` is the loss of the texts over their surprise under the grammar that wrote them (the first token left out,
+which nothing predicts): 1 is the least that any model can reach.
 
 {table}
 """

@@ -1,0 +1,9 @@
+"""`boxes-tuned` after its first 20 steps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from interp.organisms.recipes import boxes_tuned
+
+train = partial(boxes_tuned.train, name="boxes-tuned-step20", until=20)
