@@ -196,7 +196,8 @@ def test_the_checkpoints_on_the_way_are_on_the_way(loaded):
     """The weights move from base to boxes-tuned step by step."""
 
     def distance(a, b):
-        return sum(float((p - q).square().sum()) for p, q in zip(loaded[a][0].parameters(), loaded[b][0].parameters(), strict=True)) ** 0.5
+        pairs = zip(loaded[a][0].parameters(), loaded[b][0].parameters(), strict=True)
+        return sum(float((p - q).detach().square().sum()) for p, q in pairs) ** 0.5
 
     way = [BASE, "boxes-tuned-step20", "boxes-tuned-step100", TUNED]
     from_base = [distance(BASE, name) for name in way]
@@ -538,6 +539,31 @@ def test_token_logit_raises_one_logit(kind, through, tmp_path):
     expected = torch.zeros(model.shape.d_vocab)
     expected[7] = 1.5
     torch.testing.assert_close(difference, expected.expand_as(difference), atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "matrices"),
+    [
+        ("rank1", {"layer": 2, "module": "W_out", "sigma": 1.5}, 1),
+        ("rank1", {"layer": 1, "module": "W_Q", "sigma": 0.7, "head": 4}, 1),
+        ("module_only", {"layer": 3, "module": "W_gate", "rel": 0.05}, 1),
+        ("dense", {"rel": 0.02}, 28),
+    ],
+)
+def test_a_planted_pair_loads_as_memory_saw_it(kind, settings, matrices, tmp_path):
+    """The shipped base with a planted edit, written as a folder: files, weights and logits are those of the edited model."""
+    base = HookedModel.load(BASE)
+    edit = planted(kind, base, **settings)
+    batch = Batch.of(ROWS)
+    folder = base.save(tmp_path / "tuned", edit=edit)
+    pair = ModelPair.load(BASE, folder)
+    with base.edited(edit):
+        seen, weights = base.logits(batch), {str(c.site): base.weight(c.site).clone() for c in edit.changes}
+    assert torch.equal(pair.tuned.logits(batch), seen) and not torch.equal(base.logits(batch), seen)
+    assert all(torch.equal(pair.tuned.weight(site), value) for site, value in weights.items())
+    left, right = (model.weights() for model in (pair.base, pair.tuned))
+    assert left.names() == right.names()
+    assert sum(not torch.equal(left.get(name), right.get(name)) for name in left.names()) == matrices == len(edit.changes)
 
 
 @pytest.mark.parametrize(("kind", "why"), [("llama", "RMSNorm"), ("gpt2", "tied")])
