@@ -195,6 +195,9 @@ def _rounding(found: Sequence[Any]) -> Iterator[str]:
         flips, noise = int(a.gained.sum() + a.lost.sum()), int(a.jitter.max())
         if noise and noise * 2 > flips:
             yield f"On {a.task} rounding alone flips {noise} answers, and tuning flips {flips}."
+    for patching in _of(found, "activation_patching"):
+        sweeps: ActivationPatchingResult = patching
+        yield from (f"Activation patching: {note}." for note in sweeps.notes)
 
 
 def _small(found: Sequence[Any]) -> Iterator[str]:

@@ -10,10 +10,8 @@ from jaxtyping import install_import_hook
 
 # Under test, annotated shapes and types of the inner layers are checked at every call (of results always; where users give wrong
 # input on purpose, not); installed before anything of interp is imported.
-CHECKED = [
-    f"interp.{m}"
-    for m in ("linalg", "stats", "sweeps", *(f"models.{n}" for n in ("running", "editing", "interventions", "generate", "changes")))
-]
+MODELS = ("running", "editing", "interventions", "generate", "changes", "restart")
+CHECKED = [f"interp.{m}" for m in ("linalg", "stats", "sweeps", *(f"models.{n}" for n in MODELS))]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

@@ -11,11 +11,14 @@ import torch
 from tiny_checkpoints import tiny
 
 from interp.analyses.activation_patching import ActivationPatchingResult, activation_patching, changed
+from interp.edits import ActivationChange, Edit
 from interp.errors import InputError
-from interp.metrics import Targets
+from interp.metrics import Metric, Targets
 from interp.models import HookedModel, ModelPair
 from interp.prompts import PromptPairs, Prompts
+from interp.sites import Site
 from interp.stats import recovered
+from interp.sweeps import plain
 
 # 6 pairs, 3 layers, 4 heads (2 key/value heads), 24 = d_model; positions S, P, END
 CLEAN = [[3, 4, 5, 6, 7, 8], [10, 11, 12, 29], [13, 14, 15, 16, 17], [18, 19, 20, 21, 22], [24, 25, 26, 27, 28, 1, 2], [7, 9, 11, 13]]
@@ -106,7 +109,7 @@ def test_the_end_of_the_stream_recovers_everything(single: ActivationPatchingRes
     assert float(share.value[2, 2]) == pytest.approx(1, abs=1e-5)
     assert float(share.low[2, 2]) == pytest.approx(1, abs=1e-5) and float(share.high[2, 2]) == pytest.approx(1, abs=1e-5)
     assert torch.equal(single.effect("resid_post")[2, :2], torch.zeros(2, 6))  # the last layer moves END only
-    assert torch.equal(single.patched["resid_post"][0, 2, 2], single.clean[0])
+    torch.testing.assert_close(single.patched["resid_post"][0, 2, 2], single.clean[0], atol=1e-6, rtol=0)
 
 
 def test_recovered_is_a_ratio_of_means(single: ActivationPatchingResult) -> None:
@@ -118,17 +121,17 @@ def test_recovered_is_a_ratio_of_means(single: ActivationPatchingResult) -> None
 def test_noise_runs_the_other_way(model: HookedModel, unequal: PromptPairs, single: ActivationPatchingResult) -> None:
     noise = activation_patching(model, unequal, sites=("resid_post",), direction="noise")
     assert torch.equal(noise.clean, single.clean) and torch.equal(noise.start, single.goal)
-    assert torch.equal(noise.patched["resid_post"][0, 2, 2], single.corrupt[0])
+    torch.testing.assert_close(noise.patched["resid_post"][0, 2, 2], single.corrupt[0], atol=1e-6, rtol=0)
     assert float(noise.recovered("resid_post").value[2, 2]) == pytest.approx(1, abs=1e-5)
     assert "noise: corrupt activations into the clean run" in noise.summary()
 
 
 def test_a_head_that_is_not_heard_matters_in_the_base_only(both: ActivationPatchingResult) -> None:
     assert both.sides == ("base", "tuned")
-    assert torch.equal(both.effect("z", "tuned")[2, 1], torch.zeros(6))
-    assert both.effect("z", "base")[2, 1].abs().min() > 0
+    assert both.effect("z", "tuned")[2, 1].abs().max() <= 4 * both.floor[1]
+    assert both.effect("z", "base")[2, 1].abs().mean() > 100 * both.floor[0]
     change = both.change("z").value
-    assert float(change[2, 1]) == pytest.approx(-float(both.recovered("z", "base").value[2, 1]))
+    assert float(change[2, 1]) == pytest.approx(-float(both.recovered("z", "base").value[2, 1]), abs=1e-6)
     assert both.patched["k"].shape == (2, 3, 2, 6)  # key/value heads
 
 
@@ -144,6 +147,45 @@ def test_every_token_when_only_end_is_named(both: ActivationPatchingResult, leve
 def test_a_model_of_a_pair_is_patched_as_alone(pair: ModelPair, both: ActivationPatchingResult, level: PromptPairs) -> None:
     alone = activation_patching(pair.tuned, level, sites=("mlp_out",))
     assert torch.equal(alone.patched["mlp_out"][0], both.patched["mlp_out"][1])
+
+
+def test_how_exact_it_is_is_in_the_result_and_its_sentence(single: ActivationPatchingResult, both: ActivationPatchingResult) -> None:
+    assert single.checked.tolist() == [8] and both.checked.tolist() == [8, 8] and single.notes == both.notes == ()
+    for result in (single, both):
+        assert (result.deviation <= 4 * result.floor).all() and (result.floor < 1e-5).all() and (result.floor > 0).all()
+        assert (
+            f"{float(result.deviation.max()):.1g}, rounding moves logit_diff by up to {float(result.floor.max()):.1g}" in result.summary()
+        )
+    assert "; 8 runs checked the plain way are off by at most " in single.summary()
+
+
+def test_what_is_not_accelerated_is_said(tmp_path: Any, pair: ModelPair, level: PromptPairs) -> None:
+    off = Edit((ActivationChange(Site("z", 0, 1), "scale", torch.tensor(0.5)),))
+    settings: Any = {"sites": ("resid_pre",), "positions": ("END",)}
+    with pair.tuned.edited(off):
+        plainly = activation_patching(pair, level, **settings)
+        alone = activation_patching(pair.tuned, level, **settings)
+    assert plainly.checked.tolist() == [8, 0]
+    assert plainly.notes == ("tuned: the plain way, one run per patch: activations are being changed while it runs",)
+    assert alone.notes == ("the plain way, one run per patch: activations are being changed while it runs",)
+    assert alone.notes[0] in alone.summary() and torch.equal(alone.patched["resid_pre"][0], plainly.patched["resid_pre"][1])
+    assert ActivationPatchingResult.load(plainly.save(tmp_path / "r")).notes == plainly.notes
+
+
+def test_every_component(level: PromptPairs) -> None:
+    """What is patched where, against one plain run per patch."""
+    model = HookedModel.load(tiny("gpt2", seed=2))
+    pairs = toward(model, level.clean, level.corrupt)
+    sites = ("z", "q", "k", "v", "pattern", "attn_out", "mlp_out", "mlp_post", "resid_pre", "resid_mid", "resid_post")
+    for heads_at, positions in (("all", ()), ("3", ("END",))):
+        found = activation_patching(model, pairs, sites=sites, heads_at=heads_at, positions=positions)
+        assert found.notes == () and set(found.patched) == set(sites)
+        patches = [s for c in sites for row in found.sites(c) for s in row]
+        reader = Metric.parse("logit_diff").reader(pairs)
+        into, source = model.batch(pairs.corrupt), model.batch(pairs.clean)
+        want = plain(model, into, patches, (model, source), reader)
+        got = torch.cat([found.patched[c][0].flatten(0, 1) for c in sites])
+        torch.testing.assert_close(got, want, atol=4 * float(found.floor), rtol=0)
 
 
 def test_metrics(model: HookedModel, level: PromptPairs) -> None:

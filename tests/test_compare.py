@@ -66,7 +66,8 @@ def names_of(results) -> list[str]:
 
 
 def test_the_plan_names_analyses_and_every_effort() -> None:
-    assert [row.analysis for row in PLAN] == list(ANALYSES)
+    rows = [row.analysis for row in PLAN]
+    assert rows == [name for name in ANALYSES if name in rows]  # in one order; not every analysis belongs to the comparison
     for row in PLAN:
         assert (row.source is None) == (not row.prompts) and set(row.prompts) <= {"quick", "normal", "full"}
         if row.prompts:
@@ -99,12 +100,12 @@ def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, m
     code, out, err = cli(*words)
     assert (code, err) == (0, "")
     folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
-    assert sorted(f.parent.name for f in folders) == sorted(ANALYSES)
+    assert sorted(f.parent.name for f in folders) == sorted(row.analysis for row in PLAN)
     page = Path("o/report.html").read_text()
     for part in ("The weights moved by", "L1.W_out", "Neither model is above chance on ioi", "Small samples", 'class="verdict"'):
         assert part in page, part
     told = json.loads(Path("o/report.json").read_text())
-    assert [r["analysis"] for r in told["results"]] == list(ANALYSES) and told["verdict"] and told["warnings"]
+    assert [r["analysis"] for r in told["results"]] == [row.analysis for row in PLAN] and told["verdict"] and told["warnings"]
     for result in told["results"]:  # every command of the page can be read back
         assert parse(result["command"][1:]).analysis == result["analysis"]
         assert f"--base={pair[0]}" in result["command"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from interp.names import unknown
 
-ANALYSES = ("pair_check", "weight_delta", "token_divergence", "task_accuracy", "activation_patching")
+ANALYSES = ("pair_check", "weight_delta", "token_divergence", "task_accuracy", "activation_patching", "edge_attribution")
 
 
 def find(name: str) -> Callable[..., Any]:

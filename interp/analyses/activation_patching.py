@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp import plots
@@ -19,7 +19,7 @@ from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Site
 from interp.spelling import spelled
 from interp.stats import Estimate, recovered, resample_counts, standard_error
-from interp.sweeps import check, floor, run, sweep
+from interp.sweeps import Swept, check, run, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 STREAM = (*RESIDUAL, "attn_out", "mlp_out", "mlp_post")
 """Activations that are patched one layer and position at a time."""
 
-HEADS = ("z", "q", "k", "v")
-"""Activations that are patched one head at a time; ``k`` and ``v`` have key/value heads."""
+HEADS = ("z", "q", "k", "v", "pattern")
+"""Activations that are patched one head at a time; ``k`` and ``v`` have key/value heads, ``pattern`` is rows of attention weights."""
 
 Direction = Literal["denoise", "noise"]
 _CELLS = 2**11  # resampled at a time
@@ -77,7 +77,9 @@ class ActivationPatchingResult(Result):
     Attributes:
         clean: metric of the clean run.
         corrupt: metric of the corrupt run.
-        floor: largest change of the metric by rounding alone (the prompts in batches of another size).
+        floor: largest change of the metric by rounding alone (the plain way in batches of another size).
+        deviation: largest difference of patched runs that were computed both ways: going on from a cached run, and plainly.
+        checked: how many were computed both ways.
         patched: component -> metric of the patched runs, [side layer place prompt]; a place is one of
             ``positions``, or a head for the components in ``HEADS``.
         positions: names of the places in the prompt; tokens when ``by_token``.
@@ -88,12 +90,15 @@ class ActivationPatchingResult(Result):
         metric: text form.
         unit: of the metric.
         draw_seed: of the bootstrap.
+        notes: what was not accelerated, and why; with the model's name where there are two.
         labels: of the axis ``side``: base and tuned, or model.
     """
 
     clean: Float[Tensor, "side prompt"]
     corrupt: Float[Tensor, "side prompt"]
     floor: Float[Tensor, " side"]
+    deviation: Float[Tensor, " side"]
+    checked: Int[Tensor, " side"]
     patched: dict[str, Tensor]
     positions: tuple[str, ...]
     by_token: bool
@@ -103,6 +108,7 @@ class ActivationPatchingResult(Result):
     metric: str
     unit: str
     draw_seed: int
+    notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
 
     @property
@@ -183,7 +189,7 @@ class ActivationPatchingResult(Result):
             for i, side in enumerate(self.sides)
         )
         n = self.clean.shape[1]
-        tail = f"({self.direction}: {_WHAT[self.direction]}; n = {n} prompt pairs; {apart})"
+        tail = f"({self.direction}: {_WHAT[self.direction]}; n = {n} prompt pairs; {apart}; {self.exactness})"
         component = next(c for c in (*HEADS, "attn_out", "mlp_out", "mlp_post", *RESIDUAL) if c in self.patched)
         told = [s for i, s in enumerate(self.sides) if self.resolved[i]]
         if not told:
@@ -205,6 +211,16 @@ class ActivationPatchingResult(Result):
             return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the first layer there with half {tail}"
         cell = _largest(share.value)
         return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the most of all {component} {tail}"
+
+    @property
+    def exactness(self) -> str:
+        """How exact the values are, in words: against the plain way, and beside the rounding error."""
+        rounding = f"rounding moves {self.metric} by up to {float(self.floor.max()):.1g}"
+        if int(self.checked.sum()):
+            rounding = (
+                f"{int(self.checked.sum())} runs checked the plain way are off by at most {float(self.deviation.max()):.1g}, {rounding}"
+            )
+        return "; ".join([rounding, *self.notes])
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per patch and model with means over prompts; ``per="prompt"`` the metric of every run.
@@ -288,7 +304,7 @@ class ActivationPatchingResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def activation_patching(
     model: HookedModel | ModelPair,
     prompts: PromptPairs,
@@ -310,18 +326,22 @@ def activation_patching(
     errors. A position is looked up in each prompt, so the two may differ in length. For a pair of models each is
     patched with its own activations.
 
+    Patched runs go on from one cached run of the prompts, and compute again only what a patch can change. Some are also
+    computed plainly; the largest difference is kept in the result beside the rounding error, and where it is more than four
+    times that, everything is computed plainly and the result says so.
+
     Args:
         model: one model, or a pair to compare.
         prompts: clean and corrupt prompts.
         sites: what to patch: ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``, ``mlp_post`` by layer
-            and position, ``z``, ``q``, ``k``, ``v`` by layer and head.
+            and position, ``z``, ``q``, ``k``, ``v``, ``pattern`` (rows of attention weights) by layer and head.
         direction: ``denoise`` or ``noise``.
         metric: what counts as the answer; ``kl`` is measured from the clean run.
         positions: named positions, or ``all`` for every token position, which needs prompts of one length. By default the
             names that are one token in every prompt; every token position if the prompts name only END and have one length.
         heads_at: ``all`` to patch heads at all positions at once, which needs clean and corrupt of one length; or a named position;
             ``auto`` is ``all`` where the lengths allow it and END otherwise.
-        seed: of the bootstrap.
+        seed: of the bootstrap, and of the runs that are checked.
 
     Raises:
         InputError: an unknown site, position or metric; lengths that do not fit ``all``; clean and corrupt do not differ.
@@ -345,20 +365,22 @@ def activation_patching(
     ends = [_ends(m, prompts, clean, corrupt, judge, sites) for _, m in _sides(model)]
     _refuse_if_alike(ends, judge, [side for side, _ in _sides(model)])
     patched: dict[str, list[Tensor]] = {c: [] for c in sites}
-    rounding = []
+    swept: list[Swept] = []
     for side, m in _sides(model):
         reference = m.logits(clean, at=judge.position).cpu() if judge.needs_reference else None
-        reader = judge.reader(prompts, reference)
-        rounding.append(floor(m, into, reader))
-        for component in sites:
-            cells = _patches(m, component, names, heads_at)
-            flat = [site for row in cells for site in row]
-            values = sweep(m, into, flat, (m, source), reader, desc=f"{component}, {side}")
-            patched[component].append(values.reshape(len(cells), -1, len(into)))
+        cells = {c: _patches(m, c, names, heads_at) for c in sites}
+        flat = [site for rows in cells.values() for row in rows for site in row]
+        swept.append(sweep(m, into, flat, (m, source), judge.reader(prompts, reference), seed=seed, desc=f"patches, {side}"))
+        sizes = [sum(map(len, rows)) for rows in cells.values()]
+        for (component, rows), values in zip(cells.items(), swept[-1].values.split(sizes), strict=True):
+            patched[component].append(values.reshape(len(rows), -1, len(into)))
+    alone = len(swept) == 1
     return ActivationPatchingResult(
         clean=torch.stack([e[0] for e in ends]),
         corrupt=torch.stack([e[1] for e in ends]),
-        floor=torch.tensor(rounding),
+        floor=torch.tensor([s.floor for s in swept]),
+        deviation=torch.tensor([s.deviation for s in swept]),
+        checked=torch.tensor([s.checked for s in swept]),
         patched={c: torch.stack(v) for c, v in patched.items()},
         positions=_labels(model, clean, names),
         by_token=any(isinstance(p, int) for p in names),
@@ -368,6 +390,7 @@ def activation_patching(
         metric=str(judge),
         unit=judge.unit or str(judge),
         draw_seed=seed,
+        notes=tuple(note if alone else f"{side}: {note}" for (side, _), s in zip(_sides(model), swept, strict=True) for note in s.notes),
         labels={"side": tuple(side for side, _ in _sides(model))},
     )
 

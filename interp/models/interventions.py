@@ -183,18 +183,34 @@ def setter(site: Site, value: Tensor) -> Change:
     return lambda x, part: fit(value, x, part, site)
 
 
-class Hooks:
+class Points:
+    """Functions on the hook points of a wrapped model, taken out together."""
+
+    def __init__(self, wrapped: Wrapped) -> None:
+        """Nothing is installed yet."""
+        self.wrapped = wrapped
+        self._handles: list[tuple[Any, Any]] = []
+
+    def on(self, component: str, layer: int | None, fn: Callable[[Tensor], Tensor | None]) -> None:
+        """Call a function with an activation; what it returns, if anything, takes its place."""
+        point = self.wrapped.hook_point(component, layer)
+        self._handles.append((point, point.add_hook(lambda t, hook: fn(t))))
+
+    def remove(self) -> None:
+        """Take every hook out again."""
+        for point, handle in self._handles:
+            handle.hook.remove()
+            point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
+        self._handles.clear()
+
+
+class Hooks(Points):
     """Installs actions and readers on a wrapped model for one forward pass."""
 
     def __init__(self, wrapped: Wrapped, part: Part) -> None:
         """Nothing is installed yet."""
-        self.wrapped = wrapped
+        super().__init__(wrapped)
         self.part = part
-        self._handles: list[tuple[Any, Any]] = []
-
-    def _on(self, component: str, layer: int | None, fn: Callable[[Tensor], Tensor | None]) -> None:
-        point = self.wrapped.hook_point(component, layer)
-        self._handles.append((point, point.add_hook(lambda t, hook: fn(t))))
 
     def act(self, action: Action) -> None:
         """Install one intervention, unless it does not concern this phase."""
@@ -216,14 +232,14 @@ class Hooks:
             return out
 
         if site.component != "resid_mid":
-            self._on(site.component, site.layer, write)
+            self.on(site.component, site.layer, write)
             return
         # A write at the MLP's input would miss the skip connection, so the stream between attention and MLP is set
         # through what attention adds to it.
         self.wrapped.hook_point("resid_mid", site.layer)
         entering: list[Tensor] = []
-        self._on("resid_pre", site.layer, lambda x: entering.append(x))
-        self._on("attn_out", site.layer, lambda x: write(entering[-1] + x) - entering[-1])
+        self.on("resid_pre", site.layer, lambda x: entering.append(x))
+        self.on("attn_out", site.layer, lambda x: write(entering[-1] + x) - entering[-1])
 
     def read(self, site: Site, into: dict[Site, Tensor]) -> None:
         """Keep the activation at a site; a position or head is cut out at once."""
@@ -231,7 +247,7 @@ class Hooks:
         def keep(x: Tensor) -> None:
             into[site] = x[locate(site, self.part, x)].detach().clone()
 
-        self._on(site.component, site.layer, keep)
+        self.on(site.component, site.layer, keep)
 
     def leaf(self, site: Site, into: dict[Site, Tensor]) -> None:
         """Keep the activation in the graph, as something to differentiate by."""
@@ -244,7 +260,7 @@ class Hooks:
             into[site] = y
             return y
 
-        self._on(component, site.layer, keep)
+        self.on(component, site.layer, keep)
 
     def stop_after(self, sites: Sequence[Site], into: dict[Site, Tensor]) -> None:
         """End the pass once every wanted site has been read."""
@@ -255,14 +271,7 @@ class Hooks:
                 raise StopForward
 
         for component, layer in {(s.component, s.layer) for s in sites if (s.layer if s.layer is not None else -1) == last}:
-            self._on(component, layer, check)
-
-    def remove(self) -> None:
-        """Take every hook out again."""
-        for point, handle in self._handles:
-            handle.hook.remove()
-            point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
-        self._handles.clear()
+            self.on(component, layer, check)
 
 
 @contextmanager

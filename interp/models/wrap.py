@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp.errors import InputError
@@ -56,6 +58,21 @@ def structure_copy(model: nn.Module) -> nn.Module:
             if (hooks := getattr(module, name, None)) is not None:
                 memo[id(hooks)] = OrderedDict()
     return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a model hands to one of its blocks beside the stream.
+
+    Attributes:
+        args: positional arguments after the stream.
+        kwargs: the named ones.
+        past: the cache among them, for which another may stand in.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    past: object
 
 
 class Wrapped:
@@ -162,18 +179,74 @@ class Wrapped:
         head = self.source.get_output_embeddings()
         return next(name for name, module in self.source.named_modules() if module is head) + ".bias"
 
+    @property
+    def unembedding(self) -> Any:
+        """The module that makes logits, with the tensors that the runner uses now."""
+        head = self.source.get_output_embeddings()
+        return next(dst for src, dst in self._links if src is head)
+
     @contextmanager
     def skipping(self, layers: int) -> Iterator[None]:
         """Let the first blocks pass the stream through uncomputed."""
-        blocks = list(self.bridge.blocks)[:layers]
+        with self._standing_in([_pass_through] * layers):
+            yield
+
+    @contextmanager
+    def _standing_in(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Call functions in place of the first blocks."""
+        blocks = list(self.bridge.blocks)[: len(forwards)]
         try:
-            for block in blocks:
+            for block, forward in zip(blocks, forwards, strict=True):
                 # An instance attribute shadows the method; hooks of the module do not run then either.
-                block.__dict__["forward"] = _pass_through
+                block.__dict__["forward"] = forward
             yield
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
+
+    def calls(self, start: int, stop: int) -> list[Call]:
+        """How the model calls each of its blocks for positions ``start`` up to ``stop`` of a prompt, when the earlier ones are cached.
+
+        Masks, rotary tables and whatever else an architecture hands to its blocks are made by its own code for one prompt
+        and fit any number of them.
+        """
+        from transformers import DynamicCache
+
+        found: dict[int, Call] = {}
+        n = self.shape.n_layers
+        past = DynamicCache()
+        if start:
+            for layer in range(n):
+                past.update(torch.zeros(1, 1, start, 1, device=self.device), torch.zeros(1, 1, start, 1, device=self.device), layer)
+
+        def record(layer: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                found[layer] = Call(args, kwargs, past)
+                return hidden_states
+
+            return forward
+
+        positions = torch.arange(start, stop, device=self.device)[None]
+        with self._standing_in([record(layer) for layer in range(n)]), torch.no_grad():
+            self.runner.base_model(
+                input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=past, use_cache=True, return_dict=True
+            )
+        return [found[layer] for layer in range(n)]
+
+    def block(self, layer: int, stream: Tensor, call: Call, past: object) -> Tensor:
+        """The stream that one block makes of the stream entering it; ``past`` stands in for the cache."""
+        args = [past if a is call.past else a for a in call.args]
+        kwargs = {name: past if a is call.past else a for name, a in call.kwargs.items()}
+        out = self.bridge.blocks[layer](stream, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def finish(self, stream: Float[Tensor, "row d_model"], *, trunk: bool = False) -> Tensor:
+        """The logits of a stream that has left the last block, [row vocab]; or what enters the unembedding, [row d_model]."""
+        n, ids = self.shape.n_layers, torch.zeros(len(stream), 1, dtype=torch.long, device=self.device)
+        with self._standing_in([_pass_through] * (n - 1) + [lambda hidden_states, *args, **kwargs: stream[:, None]]):
+            if trunk:
+                return self.runner.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 0]
+            return self.runner(input_ids=ids, use_cache=False).logits[:, 0]
 
     def hook_point(self, component: str, layer: int | None) -> Any:
         """The TransformerLens hook point of an activation.

@@ -1,0 +1,373 @@
+"""Going on from a run: only the blocks and positions behind a change are computed again.
+
+A run of the prompts is kept: the stream entering every block, and every block's keys and values. A row then
+goes on from it with something changed: it enters at the first block that the change concerns and at the first
+position of it, and sees the kept keys and values of the positions before. Causal attention is all this rests
+on, and every block is the model's own: the model itself says how it calls its blocks (``Wrapped.calls``), and a
+stand-in for its cache hands out what was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from interp.errors import InputError
+from interp.models.batch import Batch
+from interp.models.capture import capture_bytes
+from interp.models.interventions import Hooks, Part, Points, StopForward
+from interp.models.loading import free_bytes
+from interp.models.wrap import Call, Wrapped
+from interp.sites import Site
+
+if TYPE_CHECKING:
+    from interp.models.running import Running
+
+OWN_POSITION = ("q", "z", "pattern", "attn_out", "mlp_out", "mlp_post", "resid_mid", "resid_post")
+"""Activations that change the stream leaving their block at their own position only; later ones see ``resid_pre``, ``k`` and ``v``."""
+
+
+_LEARNED = 2**25 - 2**16  # bytes; of larger ones glibc learns nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A run of whole prompts from which rows go on.
+
+    Attributes:
+        stream: entering every block, and last leaving the last one; [prompt pos d_model] each.
+        keys: of every block, [prompt head pos d_head] each.
+        values: of every block, alike.
+    """
+
+    stream: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """Activations to set in some rows.
+
+    Attributes:
+        component: which activation.
+        layer: of which block.
+        rows: index of each row, [write].
+        where: positions in the prompt, [write n].
+        heads: the head of each, [write], or None for all heads or a component without.
+        values: [write n d], [write n head d_head] for all heads; the last axis of patterns counts keys.
+    """
+
+    component: str
+    layer: int
+    rows: Tensor
+    where: Tensor
+    heads: Tensor | None
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Rows that go on together over the same positions, each from its own block.
+
+    Attributes:
+        prompt: which kept prompt each row goes on from, [row].
+        layer: the first block of each row, [row], ascending.
+        alone: True where that block is needed at ``start`` only, because the change stays at its position there; these come
+            last among the rows of a block.
+        start: the first position that changes.
+        end: the position that is read.
+        writes: what is set.
+    """
+
+    prompt: Tensor
+    layer: Tensor
+    alone: Tensor
+    start: int
+    end: int
+    writes: Sequence[Write]
+
+    @property
+    def order(self) -> Tensor:
+        """What the rows are sorted by, [row]."""
+        return 2 * self.layer + self.alone
+
+
+class Recorded(DynamicCache):
+    """Keeps keys and values and hands them back as they came, so that the run is the one without a cache."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        super().__init__()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep them."""
+        self.kept[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+@dataclass(eq=False)
+class Past:
+    """What a block takes for its cache: kept keys and values before the new ones. It never grows.
+
+    Attributes:
+        keys: of the positions before, [row head pos d_head].
+        values: alike.
+        stop: end the pass when the new ones are known.
+        seen: the joined keys and values of the last call.
+    """
+
+    keys: Tensor
+    values: Tensor
+    stop: bool = False
+    seen: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The kept ones with the new ones behind them."""
+        self.seen = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+        if self.stop:
+            raise StopForward
+        return self.seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that are kept."""
+        return self.keys.shape[-2]
+
+
+def keep(model: Running, batch: Batch) -> Kept:
+    """Run prompts once and keep what rows need to go on from them."""
+    n = model.shape.n_layers
+    sites = [*(Site("resid_pre", layer) for layer in range(n)), Site("resid_post", n - 1)]
+    full: dict[object, Tensor] = {}
+
+    def run(part: Part) -> dict[object, Tensor]:
+        seen: dict[Site, Tensor] = {}
+        cache = Recorded()
+
+        def prepare(hooks: Hooks) -> None:
+            for site in sites:
+                hooks.read(site, seen)
+
+        with torch.no_grad():
+            model.forward(part, prepare, trunk=True, cache=cache)
+        return {**seen, **{("k", layer): k for layer, (k, _) in cache.kept.items()}, **{("v", i): v for i, (_, v) in cache.kept.items()}}
+
+    for part, got in model.each(batch, model._bytes_per_token(), run):
+        for name, x in got.items():
+            axis = 1 if isinstance(name, Site) else 2
+            if name not in full:
+                size = list(x.shape)
+                size[0], size[axis] = batch.ids.shape
+                full[name] = x.new_zeros(size)
+            full[name].narrow(axis, 0, x.shape[axis])[part.rows.to(x.device)] = x
+    return Kept([full[s] for s in sites], [full["k", i] for i in range(n)], [full["v", i] for i in range(n)])
+
+
+@dataclass(eq=False)
+class Restart:
+    """Goes on from kept prompts, with the weights as they were when these were run.
+
+    Attributes:
+        wrapped: the model.
+        kept: the run that rows go on from.
+    """
+
+    wrapped: Wrapped
+    kept: Kept
+    _calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Let the C library's allocator learn.
+
+        It goes by the largest block that was freed: from now on it keeps what a block of the model frees for the next one, where
+        it gave it back to the system page by page, which took up to a third of the time.
+        """
+        torch.empty(_LEARNED, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def __call__(self, wave: Wave) -> Tensor:
+        """The stream leaving the last block at the position that is read, [row d_model]."""
+        kept, last = self.kept, self.wrapped.shape.n_layers - 1
+        start, end = wave.start, wave.end
+        first = int(wave.layer[0])
+        # Rows are sorted, so that those on their way are always the first ones: counted before and after the lone ones of a block.
+        joined = torch.searchsorted(wave.order, 2 * torch.arange(first, last + 2, device=wave.order.device)).tolist()
+        entered = torch.searchsorted(wave.order, 2 * torch.arange(first, last + 1, device=wave.order.device) + 1).tolist()
+        stream = kept.stream[0][:0, start : end + 1]
+        for layer, before, here, after in zip(range(first, last + 1), joined, entered, joined[1:], strict=False):
+            if here > before:
+                stream = torch.cat([stream, kept.stream[layer][:, start : end + 1].index_select(0, wave.prompt[before:here])])
+            if here:
+                rows = slice(0, here)
+                stream = self._block(layer, stream, rows, wave, start, end + 1) if layer < last else self._last(stream, rows, wave)
+            if after > here:
+                # The change has not left its position when it leaves this block: everything else there is as it was.
+                rows, prompt = slice(here, after), wave.prompt[here:after]
+                alone = self._block(layer, kept.stream[layer][:, start : start + 1].index_select(0, prompt), rows, wave, start, start + 1)
+                rest = kept.stream[layer + 1][:, start + 1 : end + 1].index_select(0, prompt)
+                stream = torch.cat([stream[:, -1:] if layer == last else stream, torch.cat([alone, rest], 1)])
+        return stream[:, -1]
+
+    def _block(self, layer: int, stream: Tensor, rows: slice, wave: Wave, start: int, stop: int, past: Past | None = None) -> Tensor:
+        """One block over positions ``start`` up to ``stop``."""
+        past = past or self._past(layer, rows, wave, start)
+        if (start, stop) not in self._calls:
+            self._calls[start, stop] = self.wrapped.calls(start, stop)
+        with writing(self.wrapped, [w for w in wave.writes if w.layer == layer], rows, start, stop):
+            return self.wrapped.block(layer, stream, self._calls[start, stop][layer], past)
+
+    def _past(self, layer: int, rows: slice, wave: Wave, start: int, *, stop: bool = False) -> Past:
+        """The kept keys and values of the positions before ``start``."""
+        prompt = wave.prompt[rows]
+        keys, values = (kept[layer][:, :, :start].index_select(0, prompt) for kept in (self.kept.keys, self.kept.values))
+        return Past(keys, values, stop)
+
+    def _last(self, stream: Tensor, rows: slice, wave: Wave) -> Tensor:
+        """The last block: keys and values wherever they changed, everything else at the position that is read."""
+        layer, start, end = self.wrapped.shape.n_layers - 1, wave.start, wave.end
+        if start == end:
+            return self._block(layer, stream, rows, wave, end, end + 1)
+        past = self._past(layer, rows, wave, start, stop=True)
+        try:
+            self._block(layer, stream[:, :-1], rows, wave, start, end, past)
+        except StopForward:
+            assert past.seen is not None
+            return self._block(layer, stream[:, -1:], rows, wave, end, end + 1, Past(*past.seen))
+        raise TypeError("the last block took no cache")
+
+
+@contextmanager
+def writing(wrapped: Wrapped, writes: Sequence[Write], rows: slice, start: int, stop: int) -> Iterator[None]:
+    """Set activations of one block that runs over positions ``start`` up to ``stop`` of some rows."""
+    hooks = Points(wrapped)
+    try:
+        for write in writes:
+            inside = (write.rows >= rows.start) & (write.rows < rows.stop)
+            i, j = (inside[:, None] & (write.where >= start) & (write.where < stop)).nonzero(as_tuple=True)
+            if len(i):
+                head = None if write.heads is None else write.heads[i]
+                _set(hooks, write, write.rows[i] - rows.start, write.where[i, j] - start, head, write.values[i, j])
+        yield
+    finally:
+        hooks.remove()
+
+
+def _set(hooks: Points, write: Write, row: Tensor, pos: Tensor, head: Tensor | None, values: Tensor) -> None:
+    every: Any = slice(None) if head is None else head
+
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        if write.component == "pattern":
+            x[row, every, pos] = values[..., : x.shape[-1]].to(x)
+        elif head is None:
+            x[row, pos] = values.to(x)
+        else:
+            x[row, pos, head] = values.to(x)
+        return x
+
+    if write.component != "resid_mid":
+        hooks.on(write.component, write.layer, change)
+        return
+    # As for every write of this site: through what attention adds to the stream.
+    entering: list[Tensor] = []
+
+    def add(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[row, pos] = values.to(x) - entering[-1][row, pos]
+        return x
+
+    hooks.on("resid_pre", write.layer, entering.append)
+    hooks.on("attn_out", write.layer, add)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a model allows.
+
+    Attributes:
+        obstacle: why it cannot go on from kept prompts, or "".
+        columns: single logits can be computed alone.
+    """
+
+    obstacle: str = ""
+    columns: bool = True
+
+
+_TRIED: WeakKeyDictionary[Wrapped, Means] = WeakKeyDictionary()
+
+
+def means(model: Running) -> Means:
+    """Whether a model can go on from kept prompts: tried once, on a short prompt in which nothing is changed.
+
+    Whatever an exotic architecture trips over while it is tried only means that it takes the plain way.
+    """
+    wrapped = model.wrapped
+    if any(actions for _, actions in model._active):
+        return Means("activations are being changed while it runs")
+    if wrapped not in _TRIED:
+        try:
+            _TRIED[wrapped] = _tried(model, wrapped)
+        except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+            _TRIED[wrapped] = Means(f"{model.shape.architecture} cannot go on from a cached run ({type(error).__name__})")
+    return _TRIED[wrapped]
+
+
+def _tried(model: Running, wrapped: Wrapped) -> Means:
+    n, last = min(5, model.shape.n_ctx), wrapped.shape.n_layers - 1
+    batch = Batch.of([[(7 * i + 3) % model.shape.d_vocab for i in range(n)]])
+    kept = keep(model, batch)
+    layers = torch.arange(last + 1, device=wrapped.device).repeat_interleave(2)
+    alone = torch.tensor([False, True], device=wrapped.device).repeat(last + 1)
+    want = kept.stream[-1][:, -1]
+    for start in {0, n // 2, n - 1}:
+        sound = ~alone | (layers < last) | (start == n - 1)  # in the last block a change elsewhere reaches nothing
+        got = Restart(wrapped, kept)(Wave(torch.zeros_like(layers[sound]), layers[sound], alone[sound], start, n - 1, []))
+        if not _alike(got, want):
+            return Means(f"{model.shape.architecture} gives other numbers when it goes on from a cached run")
+    logits = model.logits(batch, at=-1)
+    if not _alike(logits_of(model, want), logits):
+        return Means(f"{model.shape.architecture} gives other logits from its last stream")
+    tokens = torch.arange(min(64, model.shape.d_vocab), device=wrapped.device)[None]
+    return Means(columns=_alike(logits_of(model, want, tokens), logits[:, : tokens.shape[1]]))
+
+
+def _alike(got: Tensor, want: Tensor) -> bool:
+    eps = max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((got - want).abs().max() <= 32 * eps * want.abs().max())
+
+
+def logits_of(model: Running, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Logits of a stream that left the last block, [row vocab]; or only those of some tokens of each row, [row token]."""
+    wrapped = model.wrapped
+    with torch.no_grad():
+        if tokens is None:
+            return wrapped.finish(stream)
+        head = wrapped.unembedding
+        if int(tokens.max()) >= len(head.weight):
+            raise InputError(f"token {int(tokens.max())} is outside the vocabulary of {len(head.weight)} tokens that the logits cover")
+        found = torch.einsum("rd,rtd->rt", wrapped.finish(stream, trunk=True), head.weight[tokens])
+        return found if head.bias is None else found + head.bias[tokens]
+
+
+def wave_bytes(model: Running, start: int, end: int, vocabulary: int) -> int:
+    """Bytes that a row of a wave takes; ``vocabulary`` counts the logits that are unembedded."""
+    s, n = model.shape, end - start + 1
+    cached = 4 * s.n_kv_heads * s.d_head * (end + 1)
+    # A wave holds what enters a block and what leaves it.
+    return 2 * n * model._bytes_per_token() + (cached + 2 * s.n_heads * n * (end + 1) + vocabulary) * max(model.dtype.itemsize, 4)
+
+
+def prompts_at_once(model: Running, batch: Batch, sites: Sequence[Site]) -> int:
+    """Prompts whose kept runs and activations at sites, here and in the source, take at most a quarter of the free memory."""
+    s = model.shape
+    kept = (s.n_layers * (s.d_model + 2 * s.n_kv_heads * s.d_head) + s.d_model) * batch.ids.numel() * model.dtype.itemsize
+    need = (kept + 4 * capture_bytes(model, batch, sites)) / len(batch)
+    return max(1, int(free_bytes(model.wrapped.device) / 4 / need))

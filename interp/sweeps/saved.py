@@ -1,0 +1,124 @@
+"""The finished cells of a long sweep on disk, from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from interp.errors import InputError
+from interp.metrics import Reader
+from interp.sweeps.patches import Patch, Source
+
+if TYPE_CHECKING:
+    from interp.models import Batch, HookedModel
+
+EVERY = 20.0
+"""Seconds between two saves; a sweep shorter than that leaves no file."""
+
+
+@dataclass(eq=False)
+class Progress:
+    """What a sweep has found so far.
+
+    Attributes:
+        values: the metric, [patch prompt]; the baseline where nothing was computed.
+        done: which cells are final, [patch prompt].
+        file: where it is saved, or None.
+        identity: digest of everything the values depend on.
+        why: why the plain way is taken, or "".
+    """
+
+    values: Tensor
+    done: Tensor
+    file: Path | None = None
+    identity: str = ""
+    why: str = ""
+    _saved: float = field(default_factory=time.monotonic)
+
+    def put(self, patch: Tensor | int, prompt: Tensor | slice, values: Tensor) -> None:
+        """Add finished cells; saves when it is time."""
+        self.values[patch, prompt] = values.to(self.values)
+        self.done[patch, prompt] = True
+        if self.file is not None and time.monotonic() - self._saved >= EVERY:
+            draft = self.file.with_suffix(".part")
+            tensors = {"values": self.values.contiguous(), "done": self.done.contiguous()}
+            save_file(tensors, draft, metadata={"identity": self.identity, "why": self.why})
+            os.replace(draft, self.file)
+            self._saved = time.monotonic()
+
+    def give_up(self, why: str, prompts: Sequence[int]) -> None:
+        """From now on the plain way, also for what these prompts have already."""
+        self.why = why
+        self.done[:, list(prompts)] = False
+
+    def finish(self) -> None:
+        """Nothing is left to go on with."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def progress_of(values: Tensor, folder: str | Path | None, identity: Sequence[Any]) -> Progress:
+    """An empty one, or what an interrupted sweep left in a folder.
+
+    Raises:
+        InputError: the folder holds another sweep, or cannot be written.
+    """
+    done = torch.zeros(values.shape, dtype=torch.bool)
+    if folder is None:
+        return Progress(values, done)
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
+    file = Path(folder) / "sweep.safetensors"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder} cannot be written: {e.strerror}") from e
+    if not file.exists():
+        return Progress(values, done, file, digest)
+    try:
+        with safe_open(str(file), framework="pt") as held:
+            told = held.metadata() or {}
+            found = held.get_tensor("values"), held.get_tensor("done")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{file} is no unfinished sweep: {e}") from e
+    if told.get("identity") != digest:
+        raise InputError(f"{folder} holds an unfinished sweep of something else (other model, prompts, patches or metric); choose another")
+    return Progress(*found, file, digest, told.get("why", ""))
+
+
+def identity_of(model: HookedModel, batch: Batch, patches: Sequence[Patch], source: Source, reader: Reader) -> list[Any]:
+    """Everything the values of a sweep depend on, as JSON."""
+
+    def tensor(t: Tensor | None) -> str:
+        if t is None:
+            return ""
+        flat = t.detach().cpu().flatten().contiguous()
+        return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() + str((t.shape, t.dtype)).encode()).hexdigest()
+
+    def of_run(model: HookedModel, batch: Batch) -> list[Any]:
+        # What a patch in force sets is not known here: such a sweep is equal to no other.
+        unknown = sum(len(actions) for _, actions in model._active) - sum(len(edit.activations) for edit in model._edits)
+        positions = {name: batch.positions[name] for name in sorted(batch.positions)}
+        token = secrets.token_hex(16) if unknown else ""
+        return [model.fingerprint, model.active_edits, str(model.dtype), batch.rows(), positions, token]
+
+    def of_values(values: Mapping[Any, Tensor]) -> list[list[str]]:
+        return [[str(site), tensor(value)] for site, value in values.items()]
+
+    return [
+        of_run(model, batch),
+        of_run(*source) if isinstance(source, tuple) else of_values(source),
+        [of_values(p) if isinstance(p, Mapping) else [str(s) for s in p] for p in patches],
+        [str(reader.metric), reader.metric.name, *(tensor(t) for t in vars(reader.targets).values())],
+    ]
