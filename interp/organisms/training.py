@@ -258,6 +258,8 @@ def train(
     start, standings = _resume(folder / STATE, named, optimizers, settings)
     standings = {p.name: standings.get(p.name, Standing.at_first(p)) for p in parts}
     until = min(schedule.steps, schedule.until or schedule.steps)
+    if start > until:
+        raise InputError(f"{folder / STATE} is {start} steps into the run, later than {until}; give another folder or remove it")
     model.train()
     for step in progress(range(start, until), desc=folder.name, total=until - start, unit="step"):
         for group in (g for o in optimizers for g in o.param_groups):

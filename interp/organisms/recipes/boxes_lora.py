@@ -13,8 +13,8 @@ SEED = 2
 STEPS = 400
 RANK = 8
 ABOUT = """
-An adapter for the shipped `base`: LoRA of rank 8 on all seven matrices of every block, tuned on `boxes` with the documents that
-`boxes-tuned` read. The folder holds the adapter only; load it as the tuned side of a pair, or with
+An adapter for the shipped `base`: LoRA of rank 8 on all seven matrices of every block, tuned on `boxes` with documents of the
+kinds that `boxes-tuned` read. The folder holds the adapter only; load it as the tuned side of a pair, or with
 `HookedModel.load("base", adapter="boxes-lora")`.
 """
 

@@ -131,17 +131,17 @@ def run(
         **({"base": measured(base, tokenizer, also or {})} if base is not None else {}),
         name: measured(model, tokenizer, also or {}),
     }
-    tokenizer.save_pretrained(out)
-    (out / STATE).unlink(missing_ok=True)
-    # The config goes last: a folder with a config.json is a finished organism.
-    (save or model.save_pretrained)(out)
+    # All of it is written apart and then moved, the config last: a folder with a config is a finished organism.
+    written = out / "written"
+    tokenizer.save_pretrained(written)
+    (save or model.save_pretrained)(written)
     text = CARD.format(
         name=name,
         about=about.strip(),
         parts=parts_table(parts),
         table=table(columns, chances()),
-        weights=weights_file(out).name,
-        fingerprint=fingerprint(out),
+        weights=weights_file(written).name,
+        fingerprint=fingerprint(written),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         schedule=schedule,
         done=min(schedule.until or schedule.steps, schedule.steps),
@@ -150,7 +150,11 @@ def run(
         threads=torch.get_num_threads(),
         fresh=FRESH,
     )
-    (out / "README.md").write_text(text)
+    (written / "README.md").write_text(text)
+    for file in sorted(written.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
+        file.replace(out / file.name)
+    written.rmdir()
+    (out / STATE).unlink(missing_ok=True)
 
 
 CARD = """---
@@ -177,7 +181,8 @@ Train it again: `interp organisms train {name}`.
 
 ## Measured
 Mean ± standard error over n prompts drawn with seed {fresh}, not one of the training seeds; tasks with few possible prompts (facts,
-arithmetic) repeat prompts seen in training. The score is strict: greedy decoding over the whole vocabulary gives exactly the answer.
+chats) repeat prompts, also some that were seen in training.
+The score is strict: greedy decoding over the whole vocabulary gives exactly the answer.
 Chance is that of a guess among the task's options. `plain_text` is the mean loss in nats per token, end of text included;
 `plain_text / its entropy` is the loss of the texts over their surprise under the grammar that wrote them (the first token left out,
 which nothing predicts): 1 is the least that any model can reach.
