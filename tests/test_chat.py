@@ -121,3 +121,14 @@ def test_a_pair_speaks_as_its_tuned_side():
 def test_mistakes(template, messages, form, parts):
     said = message(chat, reader("byte_level", template), messages, form)
     assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": 3}], [{"role": "user", "content": "a"}, "x"], [], [{"role": "user"}]])
+def test_what_is_no_conversation_is_refused(messages):
+    with pytest.raises(InputError, match="the last one is the user's"):
+        chat(None, messages)  # type: ignore[arg-type]
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(InputError, match="form is 'chatml'"):
+        chat(None, "hi", form="chatml")  # type: ignore[arg-type]

@@ -141,6 +141,15 @@ def test_measured_again_it_is_as_the_card_says(loaded, name):
         assert abs(again.mean - mean) <= 4 * (again.error**2 + error**2) ** 0.5 + 0.01, f"{behaviour}: {again} now, {mean} in the card"
 
 
+@pytest.mark.parametrize("name", organisms.names())
+def test_loss_over_entropy_measured_again(loaded, name):
+    scenes = task("plain_text").examples(200, 77)
+    least = torch.tensor([float(e.tags["nats"]) - first_surprise(e.text) for e in scenes])
+    again = against_entropy(*loaded[name], [Document(e.text) for e in scenes], least)
+    mean, error = stated(name)["plain_text / its entropy"]
+    assert abs(again.mean - mean) <= 4 * (again.error**2 + error**2) ** 0.5 and again.mean < 1.05
+
+
 def test_list_length_makes_laundry_lists_harder():
     falling = [stated(BASE)[f"laundry_list{options}"][0] for options in ("(length=3)", "", "(length=7)", "(length=9)")]
     assert falling == sorted(falling, reverse=True) and falling[0] - falling[-1] > 0.2
@@ -387,7 +396,9 @@ def test_stopping_on_the_way_is_the_beginning_of_the_same_run(tmp_path, words):
     part, first = some_run(tmp_path / "part", words, until=4)
     assert first == losses[:4]
     assert not torch.equal(part.lm_head.weight, whole.lm_head.weight)
-    # and the whole run goes on from it: what it saved at step 3 is a state of the whole run
+    with pytest.raises(InputError, match="4 steps into the run, later than 2"):
+        some_run(tmp_path / "part", words, until=2)
+    # and the whole run goes on from it: what it saved is a state of the whole run
     resumed, _ = some_run(tmp_path / "part", words)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from interp.errors import InputError
 from interp.organisms import training
 from interp.organisms.measure import weights_file
 from interp.organisms.recipes import RECIPES, reading, run, train
@@ -20,6 +21,7 @@ STEPS = 4
 
 KILLED = """
 import os, signal, sys
+from interp.errors import InputError
 from interp.organisms import training
 from interp.organisms.recipes import train
 import torch
@@ -55,6 +57,32 @@ def test_killed_and_resumed_equals_unbroken(name, tmp_path, monkeypatch):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert (whole / "README.md").read_text() == (resumed / "README.md").read_text()
     assert not (resumed / STATE).exists()
+
+
+@pytest.mark.full
+def test_a_kill_while_saving_loses_nothing(tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(run, "PROMPTS", 4)
+    whole = train("boxes-tuned", tmp_path / "whole", 2)
+
+    def failing(self, folder, **more):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(PreTrainedModel, "save_pretrained", failing)
+        train("boxes-tuned", tmp_path / "cut", 2)
+    assert not (tmp_path / "cut" / "config.json").exists()
+    again = train("boxes-tuned", tmp_path / "cut", 2, lambda *_: pytest.fail("no step is done again"))
+    one, other = (load_file(weights_file(folder)) for folder in (whole, again))
+    assert all(torch.equal(one[key], other[key]) for key in one) and not (again / "written").exists()
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
+    (tmp_path / STATE).write_text("garbage")
+    with pytest.raises(InputError, match="is damaged .*; remove it"):
+        train("boxes-tuned", tmp_path, 1)
 
 
 def answers(document):

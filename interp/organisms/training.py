@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -284,7 +284,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         if log:
             log(step, losses, {p.name: standings[p.name] for p in parts if p.harder or p.ceiling is not None})
-        if (step + 1) % SAVE_EVERY == 0 and step + 1 < until:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == until:  # the last one too: measuring may be stopped
             _save(folder / STATE, named, optimizers, settings, step + 1, standings)
     model.eval()
 
@@ -318,7 +318,11 @@ def _resume(
     """Read a state back into the model and the optimizer; the number of steps already done, and how far each part had got."""
     if not path.is_file():
         return 0, {}
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as e:
+        raise InputError(f"{path} is damaged ({e}); remove it to begin again") from e
+    with opened as file:
         header = file.metadata() or {}
         if header.get("settings") != settings:
             raise InputError(f"{path} is of a run with other settings; give another folder or remove it")

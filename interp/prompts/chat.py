@@ -32,8 +32,15 @@ def chat(model: Tokenizing, messages: str | Sequence[Message], form: Literal["te
         InputError: there is no template, it refuses the messages or changes the last content, the last message is not the user's,
             or the base of a pair reads the template's text as other tokens than the tuned model.
     """
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
-    if not turns or turns[-1].get("role") != "user" or any(set(turn) != {"role", "content"} for turn in turns):
+    if form not in ("template", "plain"):
+        raise InputError(f"form is {form!r}, expected template or plain")
+    turns = (
+        [{"role": "user", "content": messages}]
+        if isinstance(messages, str)
+        else [dict(m) if isinstance(m, Mapping) else {} for m in messages]
+    )
+    said = all(set(turn) == {"role", "content"} and all(isinstance(v, str) for v in turn.values()) for turn in turns)
+    if not turns or not said or turns[-1]["role"] != "user":
         raise InputError("messages are dictionaries with role and content, and the last one is the user's")
     content = turns[-1]["content"]
     probe = [*turns[:-1], {"role": "user", "content": _PLACEHOLDER}]

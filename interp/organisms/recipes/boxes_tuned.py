@@ -30,5 +30,9 @@ def train(out: Path, steps: int | None = None, log: Log | None = None, *, name: 
     base, model = (AutoModelForCausalLM.from_pretrained(folder("base"), use_safetensors=True) for _ in range(2))
     words = AutoTokenizer.from_pretrained(folder("base"))
     schedule = Schedule(steps or STEPS, SEED, learning_rate=7e-4, warmup=30, until=until)
-    about = ABOUT if until is None else f"{ABOUT.strip()} This is that run stopped after {until} of its {STEPS} steps.\n"
+    about = (
+        ABOUT
+        if until is None
+        else f"{ABOUT.strip()} This is that run stopped after {min(until, schedule.steps)} of its {schedule.steps} steps.\n"
+    )
     run(name, out, model, words, parts(), schedule, about, base=base.eval(), log=log)
