@@ -10,6 +10,7 @@ import os
 import time as clock
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,7 +253,8 @@ class _Run:
                 self.miss(Gap(str(step), why, failed=False, command=step.command(self.session)))
                 return None
             else:
-                result = step.stamped(function(*inputs, **settings), self.session)
+                with nullcontext() if self.request.store is None else store.keeping(self.request.store):
+                    result = step.stamped(function(*inputs, **settings), self.session)
                 if self.request.store is not None:
                     store.save(result, self.request.store)
         except InputError as error:

@@ -1,17 +1,37 @@
-"""Progress bars: on stderr, only when somebody watches."""
+"""Progress of long work: bars on stderr when somebody watches, and where its finished parts are kept."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
+_UNFINISHED: ContextVar[Path | None] = ContextVar("unfinished", default=None)
+
 
 def progress(items: Iterable[T], desc: str, total: int | None = None, unit: str = "it") -> Iterable[T]:
     """Go through items under a progress bar; silent when stderr is not watched (a log file, a test)."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(items, desc=desc, total=total, unit=unit, file=sys.stderr, disable=not watched, leave=False)
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """Long work inside keeps its finished parts in a folder; run again after a kill, it goes on from them."""
+    token = _UNFINISHED.set(folder)
+    try:
+        yield
+    finally:
+        _UNFINISHED.reset(token)
+
+
+def unfinished() -> Path | None:
+    """The folder of the finished parts of long work, None where nobody keeps them."""
+    return _UNFINISHED.get()

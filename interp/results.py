@@ -64,6 +64,13 @@ class Result:
         """Extra HTML for reports and notebooks, already escaped, or None."""
         return None
 
+    def strongest(self, n: int = 10) -> pd.DataFrame | None:
+        """The cells that a reader should look at first, strongest first; None where a result has no such order.
+
+        Reports and notebooks show this table open, under the figures.
+        """
+        return None
+
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """A long table: one row per index of the main axes, one column per tensor on those axes.
 
@@ -155,6 +162,8 @@ class Result:
             if heading:
                 display(HTML(f"<h4>{html.escape(heading)}</h4>"))
             display(figure)
+        if (strongest := self.strongest()) is not None:
+            display(strongest)
         if extra := self.html():
             display(HTML(extra))
 

@@ -11,10 +11,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from interp import analyses
+from interp import analyses, progress
 from interp.errors import InputError
 from interp.result_files import is_result, read, restore
 from interp.results import Analysis, Meta, Result
@@ -54,6 +55,11 @@ def find(analysis: str, identity: str, root: PathLike = ROOT) -> Path | None:
     return None
 
 
+def keeping(root: PathLike = ROOT) -> AbstractContextManager[None]:
+    """Sweeps inside keep finished cells under ``root`` and go on from them when a killed run is started again."""
+    return progress.keeping(Path(root) / ".unfinished")
+
+
 def cached(function: Analysis[P, R], root: PathLike = ROOT) -> Callable[P, R]:
     """The analysis with a memory: ``cached(head_svd)(model, rank=4)`` computes only what is not yet under ``root``.
 
@@ -68,7 +74,8 @@ def cached(function: Analysis[P, R], root: PathLike = ROOT) -> Callable[P, R]:
         folder = None if meta.user_functions else find(meta.analysis, meta.identity, root)
         if folder is not None:
             return load(folder)  # type: ignore[return-value]
-        result = function(*args, **kwargs)
+        with keeping(root):
+            result = function(*args, **kwargs)
         save(result, root)
         return result
 

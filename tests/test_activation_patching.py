@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import tiny
+from torch import Tensor
 
+from interp import store
 from interp.analyses.activation_patching import ActivationPatchingResult, activation_patching, changed
 from interp.edits import ActivationChange, Edit
 from interp.errors import InputError
 from interp.metrics import Metric, Targets
-from interp.models import HookedModel, ModelPair
+from interp.models import HookedModel, ModelPair, restart
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site
-from interp.stats import recovered
-from interp.sweeps import plain
+from interp.stats import permutation, recovered
+from interp.sweeps import plain, saved
 
 # 6 pairs, 3 layers, 4 heads (2 key/value heads), 24 = d_model; positions S, P, END
 CLEAN = [[3, 4, 5, 6, 7, 8], [10, 11, 12, 29], [13, 14, 15, 16, 17], [18, 19, 20, 21, 22], [24, 25, 26, 27, 28, 1, 2], [7, 9, 11, 13]]
@@ -233,6 +235,54 @@ def test_table(single: ActivationPatchingResult, both: ActivationPatchingResult)
     assert by["tuned - base"] == pytest.approx(by["tuned"] - by["base"])
     with pytest.raises(InputError, match="per must be 'prompt'"):
         single.to_frame(per="head")
+
+
+def test_strongest_cells_and_their_tests(single: ActivationPatchingResult, both: ActivationPatchingResult) -> None:
+    table = single.strongest(5)
+    every = single.to_frame()
+    every = every[~every.component.isin(["resid_pre", "resid_mid", "resid_post"])]
+    wanted = every.reindex(every.recovered.abs().sort_values(ascending=False, kind="stable").index)
+    assert table.site.tolist() == wanted.site.tolist()[:5] and table.recovered.tolist() == wanted.recovered.tolist()[:5]
+    effects = torch.cat([single.effect(c).flatten(0, 1) for c in single.patched]).T
+    test = permutation(effects, seed=single.draw_seed)
+    assert sorted(single.to_frame().p) == pytest.approx(sorted(test.p.tolist()))
+    assert sorted(single.to_frame().p_adjusted) == pytest.approx(sorted(test.adjusted.tolist()))
+    row = table.iloc[0]
+    effect = single.effect("z" if ".z" in row.site else row.site.split(".")[1].split("@")[0])
+    own = next(e for e in effect.flatten(0, 1) if float(e.mean()) == pytest.approx(row.effect, rel=1e-6))
+    assert row.p == pytest.approx(float(permutation(own).p)) and row.p <= row.p_adjusted
+    changes = both.strongest(3)
+    assert set(changes.side) == {"tuned - base"} and list(changes.columns[:2]) == ["side", "site"]
+    parts = both.to_frame().query("side == 'tuned - base' and component != 'resid_pre'")
+    assert changes.site[0] == parts.set_index("site").recovered.abs().idxmax()
+    # exchanging the models of every prompt: what is tested is the difference of the shares
+    gaps = (both.goal - both.start).mean(-1)
+    shares = [both.effect("z", side)[1, 2] / gaps[i] for i, side in enumerate(both.sides)]
+    assert float(both.tests("tuned - base")["z"].p[1, 2]) == pytest.approx(float(permutation(shares[1] - shares[0]).p))
+
+
+def test_a_killed_run_goes_on(model: HookedModel, unequal: PromptPairs, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "EVERY", 0.0)
+    want = activation_patching(model, unequal)
+    real, calls = restart.Restart.__call__, []
+
+    def dies(self: Any, wave: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, wave)
+
+    monkeypatch.setattr(restart.Restart, "__call__", dies)
+    run = store.cached(activation_patching, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, unequal)
+    assert len(list((tmp_path / ".unfinished").iterdir())) == 1
+    calls[:] = [1] * 50
+    got = run(model, unequal)
+    again = len(calls) - 50
+    assert all(torch.equal(got.patched[c], want.patched[c]) for c in want.patched)
+    activation_patching(model, unequal)
+    assert len(calls) - 50 - again == again + 4 and not (tmp_path / ".unfinished").exists()
 
 
 def test_summary(single: ActivationPatchingResult, both: ActivationPatchingResult) -> None:

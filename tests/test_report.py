@@ -74,6 +74,13 @@ def test_the_order_of_the_page(page: str) -> None:
     assert links == ["#result-0", "#result-1", "#result-2", "#left-out", "a%20page.json"]
 
 
+def test_the_strongest_cells_stand_open_above_the_folded_table(page: str) -> None:
+    first, second, _ = page.split('<section class="result"')[1:]
+    table = first[first.index("<h3>Strongest</h3>") : first.index("<details>")]
+    assert Words(table).text.count("0.25") == 1 and NASTY[0] not in table
+    assert "Strongest" not in second
+
+
 def test_each_result_has_its_parts(page: str) -> None:
     sections = page.split('<section class="result"')[1:]
     assert len(sections) == 3
@@ -148,7 +155,7 @@ def test_a_page_of_nothing(tmp_path: Path) -> None:
 def test_long_tables_are_cut_on_the_page_only(tmp_path: Path) -> None:
     path = write_report([cells(ToyPair(), ToyPrompts(), words=tuple("w" * 300))], tmp_path / "r.html")
     text = path.read_text()
-    assert text.count("<tr><td") == 200 and "The first 200 of 1,200 rows; all of them are in r.json." in text
+    assert text.count("<tr><td") == 200 + 1 and "The first 200 of 1,200 rows; all of them are in r.json." in text
     assert len(json.loads(path.with_suffix(".json").read_text())["results"][0]["table"]["rows"]) == 1200
 
 

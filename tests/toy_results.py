@@ -127,6 +127,11 @@ class CellsResult(Result):
     def summary(self) -> str:
         return f"0.5 nats ± 0.1 in <b>{self.note}</b> & more"
 
+    def strongest(self, n: int = 10) -> Any:
+        import pandas as pd
+
+        return pd.DataFrame({"site": [NASTY[0]], "effect": [0.25]})
+
     def figures(self) -> dict[str, Any]:
         tokens, rows = self.labels["token"], self.labels["row"]
         curve = self.cells[0]

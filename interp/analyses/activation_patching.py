@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from interp.prompts import PromptPairs
 from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Site
 from interp.spelling import spelled
-from interp.stats import Estimate, recovered, resample_counts, standard_error
+from interp.stats import Estimate, Permutation, permutation, recovered, resample_counts, standard_error
 from interp.sweeps import Swept, check, run, sweep
 
 if TYPE_CHECKING:
@@ -225,7 +225,8 @@ class ActivationPatchingResult(Result):
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per patch and model with means over prompts; ``per="prompt"`` the metric of every run.
 
-        For a pair, rows of ``tuned - base`` have the difference of ``recovered`` with its interval.
+        For a pair, rows of ``tuned - base`` have the difference of ``recovered`` with its interval. ``p`` is that of a sign-flip
+        test, ``p_adjusted`` corrected for all cells of the model.
 
         Raises:
             InputError: ``per`` is something else.
@@ -234,8 +235,9 @@ class ActivationPatchingResult(Result):
 
         if per not in (None, "prompt"):
             raise InputError(f"per must be 'prompt' or nothing, but it is {per!r}")
-        rows = [row for c in self.patched for row in (self._per_prompt(c) if per else self._rows(c))]
-        return pd.DataFrame(rows)
+        if per:
+            return pd.DataFrame([row for c in self.patched for row in self._per_prompt(c)])
+        return pd.DataFrame([row for view in self._views() for row in self._rows(view, self.patched)])
 
     def _cells(self, component: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
         for layer, row in enumerate(self.sites(component)):
@@ -250,13 +252,43 @@ class ActivationPatchingResult(Result):
                     ends = {"clean": float(self.clean[i, prompt]), "corrupt": float(self.corrupt[i, prompt])}
                     yield {"side": side, **row, "prompt": prompt, **ends, "patched": value}
 
-    def _rows(self, component: str) -> Iterator[dict[str, Any]]:
-        for side in self._views():
-            share, effect = self._share(component, side), self._effect(component, side)
+    def _rows(self, view: str, components: Iterable[str]) -> Iterator[dict[str, Any]]:
+        tests = self.tests(view)
+        for component in components:
+            share, effect, test = self._share(component, view), self._effect(component, view), tests[component]
             columns = {"effect": effect.mean(-1), "effect_se": standard_error(effect.movedim(-1, 0))}
-            columns |= {"recovered": share.value, "low": share.low, "high": share.high}
+            columns |= {"recovered": share.value, "low": share.low, "high": share.high, "p": test.p, "p_adjusted": test.adjusted}
             for cell, row in self._cells(component):
-                yield {"side": side, **row, **{k: float(v[cell]) for k, v in columns.items()}}
+                yield {"side": view, **row, **{k: float(v[cell]) for k, v in columns.items()}}
+
+    def tests(self, side: str) -> dict[str, Permutation]:
+        """Component -> is the mean effect of each patch 0 [layer place]? ``adjusted`` looks at all cells of all components.
+
+        Args:
+            side: a model, or ``tuned - base``: then it is the recovered share of the two models that is compared, or, where one
+                cannot be normalised, the effect.
+        """
+        if side == _CHANGE and bool(self.resolved.all()):
+            gaps = (self.goal - self.start).mean(-1)
+            found = {c: self.effect(c, "tuned") / gaps[1] - self.effect(c, "base") / gaps[0] for c in self.patched}
+        else:
+            found = {c: self._effect(c, side) for c in self.patched}
+        test = permutation(torch.cat([x.flatten(0, 1) for x in found.values()]).T, seed=self.draw_seed)
+        shapes = [x.shape[:2] for x in found.values()]
+        pieces = [t.split([a * b for a, b in shapes]) for t in (test.p, test.adjusted)]
+        return {c: Permutation(p.reshape(s), a.reshape(s)) for c, s, p, a in zip(found, shapes, *pieces, strict=True)}
+
+    def strongest(self, n: int = 10) -> pd.DataFrame:
+        """The cells with the largest effect, for a pair those that changed the most, as ``to_frame`` lists them.
+
+        The stream is left out where parts of it were patched too: near its ends it carries everything.
+        """
+        import pandas as pd
+
+        parts = [c for c in self.patched if c not in RESIDUAL] or list(self.patched)
+        frame = pd.DataFrame(self._rows(self._views()[0], parts)).drop(columns=["component", "layer", "place"])
+        by = "effect" if all(frame["recovered"].isna()) else "recovered"
+        return frame.sort_values(by, key=abs, ascending=False, kind="stable", ignore_index=True).head(n)
 
     def _views(self) -> tuple[str, ...]:
         """What is drawn and listed: the models, and for a pair what changed."""

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None:
         print(f"{store.load(folder).summary()}\nalready there: {folder}")
         return 0
-    result = _stamped(function(*inputs, **settings), of, args)
+    with store.keeping(root):
+        result = _stamped(function(*inputs, **settings), of, args)
     print(f"{result.summary()}\nsaved: {store.save(result, root)}")
     return 0
 

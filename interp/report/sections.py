@@ -61,13 +61,14 @@ def _subject(meta: Meta) -> str:
 def _section(anchor: str, heading: str, result: Result, frame: pd.DataFrame, data: str) -> Section:
     meta = result.meta
     drawn = [_figure(f"{anchor}-figure-{i}", name, figure) for i, (name, figure) in enumerate(result.figures().items())]
-    extra = result.html()
+    extra, strongest = result.html(), result.strongest()
     page = "\n".join(
         [
             f'<section class="result" id="{anchor}"><h2>{escape(heading)}</h2>',
             f'<p class="subject">{escape(_subject(meta))}</p>',
             f'<p class="summary">{escape(result.summary())}</p>',
             *drawn,
+            f"<h3>Strongest</h3>{_table(strongest, data)}" if strongest is not None and len(strongest) else "",
             f'<div class="extra scroll">{extra}</div>' if extra else "",
             _table(frame, data),
             _provenance(result),

@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.metrics import Reader
 from interp.models.interventions import Part
 from interp.models.restart import Restart, keep, logits_of, means, prompts_at_once, wave_bytes
-from interp.progress import progress
+from interp.progress import progress, unfinished
 from interp.sites import Site
 from interp.sweeps.patches import Patch, Setting, Source, check, settings, sites_of
 from interp.sweeps.plain import cell, floor, patched, run
@@ -89,7 +89,8 @@ def sweep(
             another model, or both), or a value per site.
         reader: the metric, bound to the prompts.
         seed: of the cells that are checked.
-        folder: where finished cells are kept while a long sweep runs; given again, an interrupted one goes on.
+        folder: where finished cells are kept while a long sweep runs; given again, an interrupted one goes on. By default
+            the folder of unfinished work, where there is one (``interp.progress.keeping``).
         desc: of the progress bar.
 
     Raises:
@@ -99,7 +100,7 @@ def sweep(
     todo = sites_of(patches)
     check([s for p in todo for s in p], batch, source[1] if isinstance(source, tuple) else None)
     base, noise, can = run(model, batch, reader), floor(model, batch, reader), means(model)
-    identity = [] if folder is None else [*identity_of(model, batch, todo, source, reader), seed]
+    identity = [] if folder is None and unfinished() is None else [*identity_of(model, batch, todo, source, reader), seed]
     state = progress_of(base.expand(len(todo), -1).clone(), folder, identity)
     state.why = state.why or can.obstacle
     deviations, checked = [0.0], 0

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.metrics import Reader
+from interp.progress import unfinished
 from interp.sweeps.patches import Patch, Source
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Progress:
         self.values[patch, prompt] = values.to(self.values)
         self.done[patch, prompt] = True
         if self.file is not None and time.monotonic() - self._saved >= EVERY:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             draft = self.file.with_suffix(".part")
             tensors = {"values": self.values.contiguous(), "done": self.done.contiguous()}
             save_file(tensors, draft, metadata={"identity": self.identity, "why": self.why})
@@ -67,23 +69,30 @@ class Progress:
         """Nothing is left to go on with."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+            if self.file.parent == unfinished() and self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
+                self.file.parent.rmdir()
 
 
 def progress_of(values: Tensor, folder: str | Path | None, identity: Sequence[Any]) -> Progress:
-    """An empty one, or what an interrupted sweep left in a folder.
+    """An empty one, or what an interrupted sweep left in a folder; by default in the one where unfinished work is kept.
 
     Raises:
         InputError: the folder holds another sweep, or cannot be written.
     """
     done = torch.zeros(values.shape, dtype=torch.bool)
-    if folder is None:
+    shared = unfinished()
+    if folder is None and shared is None:
         return Progress(values, done)
     digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
-    file = Path(folder) / "sweep.safetensors"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{folder} cannot be written: {e.strerror}") from e
+    if folder is not None:
+        file = Path(folder) / "sweep.safetensors"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"{folder} cannot be written: {e.strerror}") from e
+    else:
+        assert shared is not None
+        file = shared / f"sweep-{digest[:16]}.safetensors"
     if not file.exists():
         return Progress(values, done, file, digest)
     try:
@@ -93,7 +102,9 @@ def progress_of(values: Tensor, folder: str | Path | None, identity: Sequence[An
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file} is no unfinished sweep: {e}") from e
     if told.get("identity") != digest:
-        raise InputError(f"{folder} holds an unfinished sweep of something else (other model, prompts, patches or metric); choose another")
+        raise InputError(
+            f"{file.parent} holds an unfinished sweep of something else (other model, prompts, patches or metric); choose another"
+        )
     return Progress(*found, file, digest, told.get("why", ""))
 
 
