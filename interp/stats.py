@@ -6,6 +6,7 @@ Resampling draws prompts with replacement, so a value and what it is compared wi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +151,38 @@ def recovered(patched: object, start: object, goal: object, *, seed: int = 0, le
         )
         return Estimate(nothing, nothing.clone(), nothing.clone(), why)
     return ratio_of_means(p - s.reshape(-1, *[1] * (p.ndim - 1)), gap, seed=seed, level=level, resamples=resamples)
+
+
+def changed(first: Sequence[Tensor], second: Sequence[Tensor], seed: int = 0) -> Estimate:
+    """``recovered`` in a second model minus ``recovered`` in a first, on the same prompts: change of a patch's effect by tuning.
+
+    The interval resamples prompts, the same ones in both models.
+
+    Args:
+        first: patched [prompt, ...], start [prompt] and goal [prompt] of the first model.
+        second: the same of the second.
+        seed: of the resampling.
+
+    Returns:
+        Estimates [...]; refused where either model's are.
+    """
+    sides = [recovered(*side, seed=seed) for side in (first, second)]
+    value = sides[1].value - sides[0].value
+    refused = next((s.refused for s in sides if s.refused), None)
+    if refused:
+        return Estimate(value, value, value, refused)
+    counts = resample_counts(len(first[1]), seed)
+    low, high = [], []
+    step = max(1, _CHUNK // len(counts))
+    for cells in range(0, value.numel(), step):
+        draws = []
+        for patched, start, goal in (first, second):
+            gain = (patched.double() - start.double().reshape(-1, *[1] * (patched.ndim - 1))).flatten(1)[:, cells : cells + step]
+            draws.append(counts @ gain / (counts @ (goal - start).double())[:, None])
+        ends = (draws[1] - draws[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        low.append(ends[0])
+        high.append(ends[1])
+    return Estimate(value, torch.cat(low).reshape(value.shape), torch.cat(high).reshape(value.shape))
 
 
 def wilson(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]:

@@ -12,14 +12,14 @@ from tiny_checkpoints import tiny
 from torch import Tensor
 
 from interp import store
-from interp.analyses.activation_patching import ActivationPatchingResult, activation_patching, changed
+from interp.analyses.activation_patching import ActivationPatchingResult, activation_patching
 from interp.edits import ActivationChange, Edit
 from interp.errors import InputError
 from interp.metrics import Metric, Targets
 from interp.models import HookedModel, ModelPair, restart
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site
-from interp.stats import permutation, recovered
+from interp.stats import changed, permutation, recovered
 from interp.sweeps import plain, saved
 
 # 6 pairs, 3 layers, 4 heads (2 key/value heads), 24 = d_model; positions S, P, END

@@ -18,7 +18,7 @@ from interp.prompts import PromptPairs
 from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Site
 from interp.spelling import spelled
-from interp.stats import Estimate, Permutation, permutation, recovered, resample_counts, standard_error
+from interp.stats import Estimate, Permutation, changed, permutation, recovered, standard_error
 from interp.sweeps import Swept, check, run, sweep
 
 if TYPE_CHECKING:
@@ -34,40 +34,8 @@ HEADS = ("z", "q", "k", "v", "pattern")
 """Activations that are patched one head at a time; ``k`` and ``v`` have key/value heads, ``pattern`` is rows of attention weights."""
 
 Direction = Literal["denoise", "noise"]
-_CELLS = 2**11  # resampled at a time
 _CHANGE = "tuned - base"
 _WHAT = {"denoise": "clean activations into the corrupt run", "noise": "corrupt activations into the clean run"}
-
-
-def changed(first: Sequence[Tensor], second: Sequence[Tensor], seed: int = 0) -> Estimate:
-    """``recovered`` in a second model minus ``recovered`` in a first, both on the same prompts.
-
-    The interval resamples prompts, the same ones in both models.
-
-    Args:
-        first: patched [prompt, ...], start [prompt] and goal [prompt] of the first model.
-        second: the same of the second.
-        seed: of the resampling.
-
-    Returns:
-        Estimates [...]; refused where either model's are.
-    """
-    sides = [recovered(*side, seed=seed) for side in (first, second)]
-    value = sides[1].value - sides[0].value
-    refused = next((s.refused for s in sides if s.refused), None)
-    if refused:
-        return Estimate(value, value, value, refused)
-    counts = resample_counts(len(first[1]), seed)
-    low, high = [], []
-    for cells in range(0, value.numel(), _CELLS):
-        draws = []
-        for patched, start, goal in (first, second):
-            gain = (patched.double() - start.double().reshape(-1, *[1] * (patched.ndim - 1))).flatten(1)[:, cells : cells + _CELLS]
-            draws.append(counts @ gain / (counts @ (goal - start).double())[:, None])
-        ends = (draws[1] - draws[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-        low.append(ends[0])
-        high.append(ends[1])
-    return Estimate(value, torch.cat(low).reshape(value.shape), torch.cat(high).reshape(value.shape))
 
 
 @dataclass(frozen=True, eq=False)
