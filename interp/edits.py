@@ -1,7 +1,8 @@
 """Changes to a model as values: an ``Edit`` describes what to change and holds no model.
 
 Weight changes add a (low-rank or dense) delta to a weight; activation changes set, add to, scale,
-project or overwrite attention rows at a site. ``with model.edited(edit)`` applies one and leaves
+project or overwrite attention rows at a site; ``attention_edit`` sets or blocks what heads attend to at named positions,
+which may differ from prompt to prompt. ``with model.edited(edit)`` applies one and leaves
 the model as it was; ``edit.scaled(g)`` and ``a + b`` make new edits; ``save`` and ``load`` use JSON and
 safetensors.
 """
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.sites import Site
+from interp.sites import Heads, Site
 
 ActivationKind = Literal["set", "add", "scale", "project", "pattern"]
 When = Literal["prompt", "new", "all"]
 _KINDS = ("set", "add", "scale", "project", "pattern")
 _WHEN = ("prompt", "new", "all")
+Attention = Literal["set", "block"]
+_HEAD = re.compile(r"L(\d+)(?:H(\d+)|(\+))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +114,134 @@ class ActivationChange:
         return changed if self.strength == 1 else x + self.strength * (changed - x)
 
 
+@dataclass(frozen=True)
+class AttentionChange:
+    """A change of what heads attend to from one position, looked up in every prompt.
+
+    Attributes:
+        heads: ``L9H6,L9H9``; ``L9`` is every head of a layer, ``L9+`` every head from that layer on.
+        query: position whose attention rows change; for generated tokens, every one of them.
+        keys: positions in the prompt that are attended to, or not.
+        kind: ``set`` the row to the keys alone, behind the softmax; ``block`` the keys, before it, so that the others share what they had.
+        weights: attention of each of ``keys`` when set, shared equally by the tokens that it names; None shares 1 among all tokens.
+        at: during generation: the prompt's positions, the new tokens, or both.
+        strength: 1 is the full change, 0 none; a block has nothing in between.
+    """
+
+    heads: str
+    query: str | int
+    keys: tuple[str | int, ...]
+    kind: Attention
+    weights: tuple[float, ...] | None = None
+    at: When = "prompt"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Bring heads and positions into one form, and refuse what is no row of attention."""
+        entries = [entry.strip() for entry in self.heads.split(",")]
+        for entry in entries:
+            if not _HEAD.fullmatch(entry):
+                raise InputError(f"{entry!r} names no heads; write L9H6,L9H9 or L9 (a layer) or L9+ (all layers from there)")
+        if len(set(entries)) < len(entries):
+            raise InputError(f"heads appear twice in {self.heads}")
+        if not self.keys:
+            raise InputError("an attention edit needs at least one key, such as keys='S2'")
+        if self.kind not in ("set", "block"):
+            raise InputError(f"unknown kind {self.kind!r} of attention edit; known: set, block")
+        if self.at not in _WHEN:
+            raise InputError(f"at={self.at!r} is not one of {', '.join(_WHEN)}")
+        if self.weights is not None and (self.kind == "block" or len(self.weights) != len(self.keys)):
+            raise InputError(f"weights are those of the {len(self.keys)} keys of rows that are set, not {self.weights} for {self.kind}")
+        if self.weights is not None and not (min(self.weights) >= 0 and abs(math.fsum(self.weights) - 1) < 1e-6):
+            raise InputError(f"weights of attention are at least 0 and add up to 1, but they are {self.weights}")
+        if self.kind == "block" and self.strength not in (0, 1):
+            raise InputError(f"a key is blocked or not: such an edit can be scaled by 0 or 1, not to {self.strength:g}")
+        places = [Site("pattern", 0, None, place).position for place in (self.query, *self.keys)]
+        for name, value in {"heads": ",".join(entries), "query": places[0], "keys": tuple(places[1:])}.items():
+            object.__setattr__(self, name, value)
+
+    def scaled(self, g: float) -> AttentionChange:
+        """Rows ``g`` times as far on their way, x + g (changed - x); a block as it is, or none.
+
+        Raises:
+            InputError: a part of a block.
+        """
+        return replace(self, strength=self.strength * g)
+
+    def within(self, n_layers: int, n_heads: int) -> dict[int, tuple[int, ...]]:
+        """Layer -> heads, in a model of these sizes.
+
+        Raises:
+            InputError: a layer or head that the model does not have.
+        """
+        found: dict[int, set[int]] = {}
+        for entry in self.heads.split(","):
+            layer, head, onward = _HEAD.fullmatch(entry).groups()  # type: ignore[union-attr]
+            if int(layer) >= n_layers:
+                raise InputError(f"{entry}: layer {layer} is out of range; the model has layers 0 to {n_layers - 1}")
+            if head is not None and int(head) >= n_heads:
+                raise InputError(f"{entry}: head {head} is out of range; the model has heads 0 to {n_heads - 1}")
+            for i in range(int(layer), n_layers if onward else int(layer) + 1):
+                found.setdefault(i, set()).update(range(n_heads) if head is None else [int(head)])
+        return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
+
+    def __str__(self) -> str:
+        """As a person would write it."""
+        to = ",".join(map(str, self.keys))
+        return f"{self.heads}@{self.query} {'only attends to' if self.kind == 'set' else 'cannot attend to'} {to}"
+
+
+def attention_edit(
+    heads: Heads | str,
+    *,
+    keys: str | int | Sequence[str | int],
+    query: str | int = "END",
+    kind: Attention = "set",
+    weights: Sequence[float] | None = None,
+    at: When = "prompt",
+    name: str = "",
+) -> Edit:
+    """Force heads to attend to tokens, or keep them from it; values, other rows and all that follows stay as the model has them.
+
+    ``set`` makes the whole attention row of the query 0 except at the keys, which get 1 in all (Merullo et al. 2024, arXiv
+    2310.08744). ``block`` takes the keys out before the softmax, so that the rest of the row shares what they had (attention knockout,
+    Geva et al. 2023, arXiv 2304.14767). Positions are looked up in each prompt when the model runs: a name may stand for several tokens,
+    other ones in every prompt.
+
+    Args:
+        heads: ``L9H6,L9H9@END; L7H3@S2`` (a position is the query of those heads), ``L9`` for every head of a layer, ``L9+`` for every
+            head from that layer on.
+        keys: positions attended to, or blocked.
+        query: position of the rows, for heads that name none.
+        kind: ``set`` or ``block``.
+        weights: attention of each key when set, shared by the tokens that it names; by default all tokens have the same.
+        at: ``prompt`` changes rows of the prompt, ``new`` those of every generated token, ``all`` both.
+        name: of the edit.
+
+    Raises:
+        InputError: a text that names no heads, weights that are none, an unknown word.
+    """
+    changes = []
+    wanted = (keys,) if isinstance(keys, str | int) else tuple(keys)
+    shares = None if weights is None else tuple(float(w) for w in weights)
+    for group in str(heads).split(";"):
+        match = re.fullmatch(r"\s*(?:[A-Za-z_]\w*\s*=)?\s*([^=@]+?)\s*(?:@(\S+))?\s*", group)
+        if match is None:
+            raise InputError(
+                f"{group.strip()!r} names no heads; write L9H6,L9H9@END; L7H3@S2 or L9 (a layer) or L9+ (all layers from there)"
+            )
+        changes.append(AttentionChange(match[1], match[2] or query, wanted, kind, shares, at))
+    return Edit(tuple(changes), name)
+
+
+Change = WeightChange | ActivationChange | AttentionChange
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Changes to a model, applied in order; see the module's first lines."""
 
-    changes: tuple[WeightChange | ActivationChange, ...]
+    changes: tuple[Change, ...]
     name: str = ""
 
     @property
@@ -121,9 +250,9 @@ class Edit:
         return tuple(c for c in self.changes if isinstance(c, WeightChange))
 
     @property
-    def activations(self) -> tuple[ActivationChange, ...]:
-        """The activation changes."""
-        return tuple(c for c in self.changes if isinstance(c, ActivationChange))
+    def activations(self) -> tuple[ActivationChange | AttentionChange, ...]:
+        """The changes of activations, attention among them."""
+        return tuple(c for c in self.changes if not isinstance(c, WeightChange))
 
     def scaled(self, g: float) -> Edit:
         """Every change ``g`` times as strong; ``scaled(0)`` changes nothing."""
@@ -153,6 +282,8 @@ class Edit:
                 tensors[f"{i}.left"] = change.left
                 if change.right is not None:
                     tensors[f"{i}.right"] = change.right
+            elif isinstance(change, AttentionChange):
+                rows.append({"type": "attention", **asdict(change), "strength": float(change.strength)})
             else:
                 row = {
                     "type": "activation",
@@ -185,11 +316,14 @@ class Edit:
         folder = Path(folder)
         if not (folder / "edit.json").is_file() or not (folder / "edit.safetensors").is_file():
             raise InputError(f"{folder} holds no edit: edit.json and edit.safetensors are expected")
-        changes: list[WeightChange | ActivationChange] = []
+        changes: list[Change] = []
         try:
             body = json.loads((folder / "edit.json").read_text())
             tensors = load_file(folder / "edit.safetensors")
             for i, row in enumerate(body["changes"]):
+                if row["type"] == "attention":
+                    changes.append(_attention(row))
+                    continue
                 site = Site.parse(row["site"])
                 if row["type"] == "weight":
                     changes.append(WeightChange(site, tensors[f"{i}.left"], tensors.get(f"{i}.right")))
@@ -203,3 +337,9 @@ class Edit:
         if not whole:
             raise InputError(f"{folder} holds an edit that is not whole: its tensors are not those that edit.json was written for")
         return found
+
+
+def _attention(row: dict[str, Any]) -> AttentionChange:
+    """What ``save`` wrote of it."""
+    weights = None if row["weights"] is None else tuple(map(float, row["weights"]))
+    return AttentionChange(row["heads"], row["query"], tuple(row["keys"]), row["kind"], weights, row["at"], float(row["strength"]))

@@ -15,8 +15,9 @@ from interp.errors import InputError
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 """The residual stream entering a block, between attention and MLP, and leaving a block."""
 
-PER_HEAD = ("q", "k", "v", "z", "pattern")
-"""Activations with a head axis. ``k`` and ``v`` have one entry per key/value head under GQA."""
+PER_HEAD = ("q", "k", "v", "z", "pattern", "result")
+"""Activations with a head axis. ``k`` and ``v`` have one entry per key/value head under GQA; ``result`` is what a head adds to the
+stream, ``z @ W_O`` of that head, without ``b_O``."""
 
 ACTIVATIONS = (*RESIDUAL, "attn_out", "mlp_out", *PER_HEAD, "mlp_post", "embed")
 """Components of an activation site; ``embed`` is the only one without a layer."""

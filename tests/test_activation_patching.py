@@ -148,7 +148,7 @@ def test_every_token_when_only_end_is_named(both: ActivationPatchingResult, leve
 
 def test_a_model_of_a_pair_is_patched_as_alone(pair: ModelPair, both: ActivationPatchingResult, level: PromptPairs) -> None:
     alone = activation_patching(pair.tuned, level, sites=("mlp_out",))
-    assert torch.equal(alone.patched["mlp_out"][0], both.patched["mlp_out"][1])
+    torch.testing.assert_close(alone.patched["mlp_out"][0], both.patched["mlp_out"][1], atol=2e-6, rtol=0)  # in waves of other sizes
 
 
 def test_how_exact_it_is_is_in_the_result_and_its_sentence(single: ActivationPatchingResult, both: ActivationPatchingResult) -> None:

@@ -185,6 +185,138 @@ def test_patches_equal_hand_written_hooks(both, at):
             assert (got[i, : len(row)] - want).abs().max() <= 1e-11, site
 
 
+def output_matrix(plain, layer):
+    """W_O, [head, d_head, d_model]."""
+    weight = out_projection(layers(plain)[layer]).weight.detach()
+    return (weight if hasattr(plain, "transformer") else weight.T).reshape(
+        4, -1, weight.shape[0] if not hasattr(plain, "transformer") else 24
+    )
+
+
+def test_what_heads_add(both):
+    """z of a head times its W_O; all of them and b_O are what attention adds."""
+    _, plain, model = both
+    found = model.capture(batch(), ["L1.z", "L1.attn_out", "L1.result", "L1H2.result@END", "L1.result@mid", "L1H3.result"])
+    z, out, results = (found[Site(c, 1)] for c in ("z", "attn_out", "result"))
+    want = torch.stack([z[:, :, h] @ output_matrix(plain, 1)[h] for h in range(4)], 2)
+    assert (results - want).abs().max() <= 1e-12
+    bias = getattr(out_projection(layers(plain)[1]), "bias", None)
+    together = (results.sum(2) + (0 if bias is None else bias)) * batch().mask[..., None]
+    assert (together - out).abs().max() <= 1e-12
+    for i, row in enumerate(ROWS):
+        assert torch.equal(found[Site("result", 1, 2, "END")][i], results[i, len(row) - 1, 2])
+        assert torch.equal(found[Site("result", 1, None, "mid")][i], results[i, len(row) // 2])
+        assert torch.equal(found[Site("result", 1, 3)][i], results[i, :, 3])
+    sites = ["L1.result", "L0H2.result", "L2H1.result@END", "L1.result@mid"]
+    held = model.capture(Batch.of([ROWS[0]], {"mid": ((2,),)}), sites)
+    assert model.capture_bytes(Batch.of([ROWS[0]], {"mid": ((2,),)}), sites) == sum(t.numel() * t.element_size() for t in held.values())
+
+
+@pytest.mark.parametrize(
+    "sites", [["L1H2.result"], ["L1H0.result@END", "L1H3.result@mid", "L2H1.result"], ["L0.result"], ["L2.result@END"]]
+)
+def test_what_heads_add_is_set_by_hand(both, sites):
+    """The head's own contribution is taken out of what attention adds, and the value put in."""
+    _, plain, model = both
+    draws = torch.Generator().manual_seed(2)
+    sites = [Site.parse(s) for s in sites]
+    now = model.capture(batch(), sites)
+    values = {s: torch.randn(now[s].shape, generator=draws, dtype=torch.float64) for s in sites}
+    with model.patched(values) as ledger:
+        got, seen = model.logits(batch()), model.capture(batch(), sites)
+    assert [e.fired for e in ledger.entries] == [2] * len(sites)
+    for i, row in enumerate(ROWS):
+        hooks = []
+        for layer in {s.layer for s in sites}:
+            z = []
+            hooks.append((out_projection(layers(plain)[layer]), "in", lambda x, z=z: (z.append(x[0].reshape(len(x[0]), 4, -1)), x)[1]))
+
+            def add(x, i=i, row=row, layer=layer, z=z):
+                x = x.clone()
+                for s in (s for s in sites if s.layer == layer):
+                    for h in range(4) if s.head is None else [s.head]:
+                        where = range(len(row)) if s.position is None else batch().at(s.position)[i]
+                        for at in where:
+                            v = values[s][i]
+                            v = v[at] if s.position is None else v
+                            x[0, at] += (v[h] if s.head is None else v) - z[0][at, h] @ output_matrix(plain, layer)[h]
+                return x
+
+            hooks.append((attention(layers(plain)[layer]), "out", add))
+        assert (got[i, : len(row)] - plain_run(plain, row, hooks)).abs().max() <= 1e-11
+    for s in sites:
+        mask = batch().mask.reshape(4, -1, *[1] * (seen[s].ndim - 2)) if s.position is None else True
+        assert ((seen[s] - values[s]) * mask).abs().max() == 0
+
+
+def test_what_heads_add_follows_edits_and_z_whenever_that_is_set(both):
+    _, _, model = both
+    d = model.shape.d_head
+    ones = {"L1H2.z@END": torch.ones(d, dtype=torch.float64)}
+    delta = torch.randn(d, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    site = Site("result", 1, 2, "END")
+    with model.edited(Edit((WeightChange(Site("W_O", 1, 2), delta),))), model.patched(ones):
+        got, weight = model.capture(batch(), site)[site], model.weight("L1H2.W_O")
+        assert (got - weight.sum(0)).abs().max() <= 1e-12
+    assert (model.weight("L1H2.W_O") - weight + delta).abs().max() <= 1e-12
+    value = {"L1H2.result@END": torch.linspace(-1, 1, 24, dtype=torch.float64)}
+    with model.patched(value):
+        want = model.logits(batch())
+    for order in ({**value, **ones}, {**ones, **value}):
+        with model.patched(order):
+            assert (model.logits(batch()) - want).abs().max() <= 1e-12
+    with model.edited(Edit((ActivationChange(site, "scale", torch.tensor(0.0)),))):
+        scaled = model.logits(batch())
+    with model.patched({site: torch.zeros(())}):
+        assert (model.logits(batch()) - scaled).abs().max() <= 1e-12
+
+
+def test_the_gradient_by_what_a_head_adds_is_that_by_what_attention_adds(both):
+    _, _, model = both
+
+    def loss(logits):
+        return (logits[:, -1].softmax(-1)[:, :5] * torch.arange(5)).sum()
+
+    rows = [ROWS[0], ROWS[2][:5]]
+    alone = model.gradients(rows, loss, ["L1.attn_out", "L1.z"])
+    got = model.gradients(rows, loss, ["L1.result", "L1.attn_out", "L1H2.result@END", "L1.z"])
+    for h in range(4):
+        assert (got[Site("result", 1)][:, :, h] - alone[Site("attn_out", 1)]).abs().max() <= 1e-12
+    assert torch.equal(got[Site("result", 1, 2, "END")], got[Site("result", 1)][:, -1, 2])
+    assert (got[Site("z", 1)] - alone[Site("z", 1)]).abs().max() <= 1e-12
+
+
+def test_heads_without_a_result_of_their_own_are_refused():
+    """A norm behind W_O: what one head adds depends on the others."""
+    import transformers
+    from tiny_checkpoints import GQA, randomised
+
+    for name, more in (("Gemma2", {"head_dim": 8}), ("Granite", {"residual_multiplier": 0.3})):
+        config = getattr(transformers, f"{name}Config")(bos_token_id=1, eos_token_id=2, pad_token_id=0, **GQA, **more)
+        model = HookedModel.load(randomised(transformers.AutoModelForCausalLM.from_config(config), 0))
+        for use in (
+            lambda m=model: m.capture(batch(), "L1.result"),
+            lambda m=model: m.patched({"L1H0.result": torch.zeros(())}).__enter__(),
+        ):
+            with pytest.raises(
+                InputError, match=f"heads of {name}ForCausalLM have no result of their own: .* normed, gated or scaled behind W_O"
+            ):
+                use()
+        assert all(not point.fwd_hooks for point in model.wrapped.bridge.hook_dict.values())
+        model.capture(batch(), ["L1.z", "L1.attn_out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_heads_add_in_other_precisions(dtype):
+    for kind in FOUR:
+        model = HookedModel.load(tiny(kind).to(dtype))
+        whole = model.capture(batch(), "L1.result")[Site("result", 1)]
+        assert whole.dtype == dtype
+        plain = model.logits(batch())
+        with model.patched({"L1.result": whole}):
+            assert torch.equal(model.logits(batch()), plain)  # what is there already
+
+
 def test_one_head_is_patched_alone(both):
     _, plain, model = both
     d = model.shape.d_head

@@ -66,7 +66,7 @@ def test_the_forms_of_a_site(text, site):
         ("L3H-1.z", "is not a site"),
         ("3.resid_post", "is not a site"),
         ("L3.resid_pst", "unknown component 'resid_pst'; known: resid_pre"),
-        ("L3H1.resid_post", "resid_post has no heads; a head fits q, k, v, z, pattern, W_Q"),
+        ("L3H1.resid_post", "resid_post has no heads; a head fits q, k, v, z, pattern, result, W_Q"),
         ("L3H1.mlp_post", "mlp_post has no heads"),
         ("L3.W_U", "W_U takes no layer"),
         ("L3.embed", "embed takes no layer"),
@@ -110,7 +110,7 @@ def test_a_position_in_digits_is_a_number():
 
 def test_kinds_of_components():
     assert all(Site(c, None if c in GLOBAL else 0).is_weight == (c in WEIGHTS) for c in COMPONENTS)
-    assert {c for c in ACTIVATIONS if Site(c, None if c == "embed" else 0).per_head} == {"q", "k", "v", "z", "pattern"}
+    assert {c for c in ACTIVATIONS if Site(c, None if c == "embed" else 0).per_head} == {"q", "k", "v", "z", "pattern", "result"}
     assert not set(ACTIVATIONS) & set(WEIGHTS)
 
 

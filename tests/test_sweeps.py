@@ -127,6 +127,11 @@ def test_the_plain_way_is_the_same(model: HookedModel) -> None:
         "L1H1.pattern",
         "L2H0.pattern@1",
         "L1.pattern@0",
+        "L1H2.result@S",
+        "L2H0.result@END",
+        "L0H3.result",
+        "L1.result",
+        "L0.result@END",
     ]
     patches = [Site.parse(t) for t in texts]
     got = sweep(model, into, patches, (model, donor), DIFF)
@@ -213,6 +218,50 @@ def test_later_ones_overwrite_earlier_ones(llama: HookedModel) -> None:
     torch.testing.assert_close(got.values, plain(llama, batch, patches, values, DIFF), atol=3e-6, rtol=0)
     torch.testing.assert_close(got.values[[1, 3, 4]], got.values[[2, 5, 5]], atol=1e-6, rtol=0)
     assert (got.values[0] - got.values[1]).abs().max() > 1e-4
+
+
+def test_what_heads_add_overlaps_as_everything_does(model: HookedModel) -> None:
+    """All heads and one of them, in both orders; positions that name one token; with z and with what attention adds."""
+    every, one, end, last = map(Site.parse, ("L1.result@S", "L1H2.result@S", "L0H1.result@END", "L0H1.result@-1"))
+    head, out, same = map(Site.parse, ("L1H2.z@S", "L1.attn_out@S", "L1H2.result@S"))
+    ramp = torch.linspace(-1, 1, 24).square()
+    values = {s: 0.2 * (i + 1) * ramp[: model.shape.d_head if s is head else 24] for i, s in enumerate((every, one, end, last, head, out))}
+    patches = [
+        (every, one),
+        (one, every),
+        (every,),
+        (end, last),
+        (last,),
+        (one, head),
+        (one,),
+        (one, out),
+        (out,),
+        (one, same),
+        (every, head),
+    ]
+    batch = WORLD["clean"].batch()
+    got = sweep(model, batch, patches, values, DIFF)
+    assert got.way == "restart"
+    torch.testing.assert_close(got.values, plain(model, batch, patches, values, DIFF), atol=3e-6, rtol=0)
+    # z of a head that is set matters no more
+    torch.testing.assert_close(got.values[[1, 3, 5, 7, 9, 10]], got.values[[2, 4, 6, 8, 6, 2]], atol=2e-6, rtol=0)
+    assert (got.values[0] - got.values[1]).abs().max() > 1e-4
+
+
+def test_what_a_head_adds_between_models(model: HookedModel, hf: nn.Module) -> None:
+    """Of its W_O: a head with another one adds something else, with the same z; and in itself a model is the baseline to the bit."""
+    batch = WORLD["clean"].batch()
+    donor = HookedModel.load(hf)
+    delta = torch.randn(model.shape.d_head, 24, generator=torch.Generator().manual_seed(0))
+    heads = [Site("result", 2, h) for h in range(4)]
+    with donor.edited(Edit((WeightChange(Site("W_O", 2, 1), delta),))):
+        tuned = run(donor, batch, DIFF)
+        got = sweep(model, batch, [*heads, tuple(heads), Site("z", 2, 1)], (donor, batch), DIFF)
+    assert got.way == "restart" and torch.equal(got.values[[0, 2, 3, 5]], got.baseline.expand(4, -1))
+    torch.testing.assert_close(got.values[[1, 4]], tuned.expand(2, -1), atol=2e-6, rtol=0)
+    assert (tuned - got.baseline).abs().max() > 0.02
+    same = sweep(model, batch, [*heads, Site("result", 0)], (model, batch), DIFF)
+    assert torch.equal(same.values, same.baseline.expand_as(same.values))
 
 
 def test_sets_of_positions(model: HookedModel) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 
 from interp.names import unknown
 
-ANALYSES = ("pair_check", "weight_delta", "token_divergence", "task_accuracy", "activation_patching", "edge_attribution")
+ANALYSES = (
+    "pair_check",
+    "weight_delta",
+    "token_divergence",
+    "task_accuracy",
+    "activation_patching",
+    "cross_patching",
+    "path_patching",
+    "edge_attribution",
+)
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -1,35 +1,35 @@
-"""Through which edges does the answer flow?"""
+"""Through which edges does the answer flow, and did fine-tuning change them?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp import plots
 from interp.circuit import Circuit, Edge
 from interp.errors import InputError
 from interp.metrics import Metric, Reader
-from interp.models.edges import Edges, Judge, Trace, reach, receivers, senders
-from interp.progress import progress
+from interp.models.edges import receivers, senders
 from interp.prompts import PromptPairs
 from interp.results import Result, analysis
 from interp.sites import Site
-from interp.stats import recovered, standard_error
+from interp.stats import Estimate, changed, permutation, recovered, standard_error
 from interp.sweeps import floor, run
+from interp.sweeps.edges import EdgeStats, Meeting, Method, edge_scores, edges_there, flips, place_names
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from interp.models import Batch, HookedModel
+    from interp.models import Batch, HookedModel, ModelPair
 
-Method = Literal["eap", "eap_ig", "exact"]
 _WHAT = {"eap": "first order at the clean run", "eap_ig": "gradients along the way to the corrupt input", "exact": "one run per edge"}
+_CHANGE = "tuned - base"
 _DRAWN = 20  # edges with a bar
 _BLOCK = 40  # edges whose senders and receivers span the map
 
@@ -40,10 +40,13 @@ class EdgeAttributionResult(Result):
 
     Attributes:
         score: mean over prompts, in units of the metric; positive supports the answer. NaN where there is no edge.
-        error: standard error of that mean; NaN for a single prompt.
+        error: standard error of that mean, for every model, and for a pair also of tuned - base on the same prompts.
         clean: metric of the clean run.
         corrupt: metric of the corrupt run.
         floor: change of the metric by rounding alone, which no run could tell from a smaller score.
+        kept: edges whose scores are kept for every prompt, as rows of ``edges``: all, or the strongest of all models and changes.
+        values: these scores.
+        adjusted: p values of the kept edges, corrected for all there are; None where all are kept, since they follow from ``values``.
         method: ``eap``, ``eap_ig`` or ``exact``.
         steps: gradients per prompt of ``eap_ig``.
         metric: text form.
@@ -51,14 +54,19 @@ class EdgeAttributionResult(Result):
         model: layers, heads and key/value heads of the model.
         prompts: digest of the prompts.
         contexts: contexts of the prompts.
-        labels: text forms along ``sender`` and ``receiver``; ``position`` is ``all``, or names and token indices.
+        notes: which tokens have no part where clean and corrupt differ in length.
+        labels: of ``side`` and ``view`` (the sides, and for a pair the change), and text forms along ``sender`` and ``receiver``;
+            ``position`` is ``all``, or names and token indices.
     """
 
-    score: Float[Tensor, "sender receiver position"]
-    error: Float[Tensor, "sender receiver position"]
-    clean: Float[Tensor, " prompt"]
-    corrupt: Float[Tensor, " prompt"]
-    floor: float
+    score: Float[Tensor, "side sender receiver position"]
+    error: Float[Tensor, "view sender receiver position"]
+    clean: Float[Tensor, "side prompt"]
+    corrupt: Float[Tensor, "side prompt"]
+    floor: Float[Tensor, " side"]
+    kept: Int[Tensor, " kept"]
+    values: Float[Tensor, "side prompt kept"]
+    adjusted: Float[Tensor, "view kept"] | None
     method: Method
     steps: int
     metric: str
@@ -66,14 +74,43 @@ class EdgeAttributionResult(Result):
     model: tuple[int, int, int]
     prompts: str
     contexts: tuple[str, ...]
+    notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
 
     @property
-    def recovered(self) -> Float[Tensor, "sender receiver position"]:
-        """Score as a share of the whole fall from clean to corrupt; NaN where that is within two standard errors of 0."""
-        whole = recovered(self.corrupt, self.clean, self.corrupt)
-        gap = float((self.clean.double() - self.corrupt.double()).mean())
-        return self.score / gap if whole.refused is None else torch.full_like(self.score, torch.nan)
+    def sides(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return self.labels["side"]
+
+    @property
+    def change(self) -> Float[Tensor, "sender receiver position"]:
+        """Score in the tuned model less score in the base.
+
+        Raises:
+            InputError: only one model.
+        """
+        return self._score(self._view(_CHANGE))
+
+    @property
+    def resolved(self) -> Bool[Tensor, " side"]:
+        """Models in which clean and corrupt differ by more than two standard errors."""
+        return torch.tensor([recovered(k, k, c).refused is None for c, k in zip(self.clean, self.corrupt, strict=True)])
+
+    def recovered(self, side: str | None = None) -> Float[Tensor, "sender receiver position"]:
+        """Score as a share of the whole fall from clean to corrupt; NaN where that is within two standard errors of 0.
+
+        Args:
+            side: a model, by default the tuned or only one; or ``tuned - base`` for how much the share changed.
+
+        Raises:
+            InputError: no such model.
+        """
+        view = self._view(side)
+        if view == _CHANGE:
+            return self.recovered("tuned") - self.recovered("base")
+        i = self.sides.index(view)
+        gap = float((self.clean[i].double() - self.corrupt[i].double()).mean())
+        return self.score[i] / gap if self.resolved[i] else torch.full_like(self.score[i], torch.nan)
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -82,109 +119,201 @@ class EdgeAttributionResult(Result):
 
     def _cells(self) -> Tensor:
         """[edge, 3]: sender, receiver and position of every edge."""
-        return (~self.score.isnan()).nonzero()
+        return (~self.score[0].isnan()).nonzero()
 
     def _edge(self, cell: list[int]) -> Edge:
         sender, receiver, place = (self.labels[axis][i] for axis, i in zip(("sender", "receiver", "position"), cell, strict=True))
         where = None if place == "all" else place
         return Edge(Site.parse(sender).at(where), Site.parse(receiver).at(where))
 
-    def _ranked(self, n: int) -> tuple[list[Edge], Tensor, Tensor]:
-        """The edges with the largest scores of either sign; score and error of each."""
-        cells = self._cells()
-        values = self.score[tuple(cells.T)]
-        order = values.abs().argsort(descending=True, stable=True)[:n]
-        return [self._edge(c) for c in cells[order].tolist()], values[order], self.error[tuple(cells[order].T)]
+    def _view(self, side: str | None) -> str:
+        """The tuned or only model, unless another one or the change is asked for."""
+        views = self.labels["view"]
+        if side is not None and side not in views:
+            raise InputError(f"there is no model {side!r} in this result; it has {', '.join(views)}")
+        return self.sides[-1] if side is None else side
 
-    def top(self, n: int = 50) -> Circuit:
+    def _views(self) -> tuple[str, ...]:
+        """In the order they are told: the change first."""
+        return (*self.labels["view"][2:], *self.sides)
+
+    def _score(self, view: str) -> Tensor:
+        return self.score[1] - self.score[0] if view == _CHANGE else self.score[self.sides.index(view)]
+
+    def _error(self, view: str) -> Tensor:
+        return self.error[self.labels["view"].index(view)]
+
+    def _floor(self, view: str) -> float:
+        """Of a change it is that of both models together."""
+        return float(self.floor.sum() if view == _CHANGE else self.floor[self.sides.index(view)])
+
+    def _values(self, view: str) -> Tensor:
+        """[prompt kept]."""
+        return self.values[1].double() - self.values[0].double() if view == _CHANGE else self.values[self.sides.index(view)]
+
+    def _order(self, view: str, n: int) -> Tensor:
+        """Rows of the edges with the largest scores of either sign."""
+        return self._score(view)[tuple(self._cells().T)].abs().argsort(descending=True, stable=True)[:n]
+
+    def _ranked(self, view: str, n: int) -> tuple[list[Edge], Tensor, Tensor]:
+        """The edges with the largest scores of either sign; score and error of each."""
+        cells = self._cells()[self._order(view, n)]
+        where = tuple(cells.T)
+        return [self._edge(c) for c in cells.tolist()], self._score(view)[where], self._error(view)[where]
+
+    def top(self, n: int = 50, *, side: str | None = None) -> Circuit:
         """The ``n`` edges with the largest scores of either sign, and what sends through them, as a circuit.
 
+        Args:
+            n: number of edges.
+            side: a model, by default the tuned or only one; or ``tuned - base`` for the edges that changed the most.
+
         Raises:
-            InputError: n is not a number of edges that there are.
+            InputError: n is not a number of edges that there are, or there is no such model.
         """
         if type(n) is not int or not 1 <= n <= len(self._cells()):
             raise InputError(f"top takes 1 to {len(self._cells())} edges, not {n!r}")
-        edges, values, _ = self._ranked(n)
+        edges, values, _ = self._ranked(self._view(side), n)
         nodes = tuple(dict.fromkeys(edge.sender for edge in edges))
         scores: dict[Site | Edge, float] = dict(zip(edges, values.tolist(), strict=True))
         return Circuit(self.model, nodes, tuple(edges), scores=scores, prompts=self.prompts, contexts=self.contexts)
 
     def summary(self) -> str:
-        """The strongest edge, and how far clean and corrupt are apart."""
-        (edge,), value, error = self._ranked(1)
-        n, count = len(self.clean), len(self._cells())
-        noise = f" +- {float(error):.2g}" if n > 1 else ""
-        live = int((self.score.abs() > self.floor).sum())
-        gap = self.clean - self.corrupt
-        apart = f"{float(gap.mean()):.3g}" + (f" +- {float(standard_error(gap)):.2g}" if n > 1 else "")
+        """The edge with the largest score, for a pair the one that changed the most, and how far clean and corrupt are apart."""
+        view, n = self._views()[0], self.clean.shape[1]
+        (edge,), value, error = self._ranked(view, 1)
+        count, live = len(self._cells()), int((self._score(view).abs() > self._floor(view)).sum())
         told = f"{self.method}: {_WHAT[self.method]}" + (f", {self.steps} steps" if self.method == "eap_ig" else "")
-        return (
-            f"{edge} carries {float(value):.3g}{noise} of {self.metric}, the most of {count} edges, of which {live} are above the floor of "
-            f"{self.floor:.1g} ({told}; n = {n} prompt pairs; clean - corrupt {apart})"
-        )
+        apart = [
+            _told(float(gap.mean()), float(standard_error(gap))) + ("" if len(self.sides) == 1 else f" in {side}")
+            for side, gap in zip(self.sides, self.clean - self.corrupt, strict=True)
+        ]
+        above = f"above the floor of {self._floor(view):.1g}"
+        tail = "; ".join([f"({told}", f"n = {n} prompt pairs", f"clean - corrupt {', '.join(apart)}", *self.notes]) + ")"
+        number = _told(float(value), float(error))
+        if view != _CHANGE:
+            return f"{edge} carries {number} of {self.metric}, the most of {count} edges, of which {live} are {above} {tail}"
+        cell = tuple(self._cells()[self._order(view, 1)[0]])
+        both = " and ".join(f"{_told(float(self._score(s)[cell]), float(self._error(s)[cell]))} in {s}" for s in ("tuned", "base"))
+        return f"{edge} changed by {number} of {self.metric}, the most of {count} edges, of which {live} are {above}: {both} {tail}"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
-        """One row per edge: score with its standard error and 95 % interval (normal), and the share of the whole fall.
+        """One row per edge and model: ``effect`` is the score, positive where the edge supports the answer, with its standard error.
+
+        For a pair there are rows of ``tuned - base`` too. ``per="prompt"`` gives the scores of every prompt, where they are kept.
+        Intervals and tests of the strongest edges are in ``strongest``.
 
         Raises:
-            InputError: ``per`` is given; scores are kept as means over prompts only.
+            InputError: ``per`` is something else.
         """
         import pandas as pd
 
-        if per is not None:
-            raise InputError(f"edge scores are kept as means over prompts; there is no table per {per!r}")
-        cells = self._cells()
+        if per not in (None, "prompt"):
+            raise InputError(f"per must be 'prompt' or nothing, but it is {per!r}")
+        edges, cells = self._columns()
+        if per:
+            n, rows = self.clean.shape[1], self.kept.repeat(self.clean.shape[1])
+            named = {"prompt": torch.arange(n).repeat_interleave(len(self.kept)), **{k: v[rows] for k, v in edges.items()}}
+            return pd.concat(
+                [pd.DataFrame({"side": s, **named, "effect": self._values(s).flatten()}) for s in self.sides], ignore_index=True
+            )
         where = tuple(cells.T)
-        score, error = self.score[where], self.error[where]
-        axes = {axis: [self.labels[axis][i] for i in cells[:, k].tolist()] for k, axis in enumerate(("sender", "receiver", "position"))}
-        columns = {"score": score, "error": error, "low": score - 1.96 * error, "high": score + 1.96 * error}
-        columns |= {"recovered": self.recovered[where]}
-        return pd.DataFrame({"edge": self.edges, **axes, **{name: x.numpy() for name, x in columns.items()}})
+        parts = [(v, {"effect": self._score(v), "effect_se": self._error(v), "recovered": self.recovered(v)}) for v in self._views()]
+        return pd.concat(
+            [pd.DataFrame({"side": v, **edges, **{k: x[where].numpy() for k, x in part.items()}}) for v, part in parts],
+            ignore_index=True,
+        )
+
+    def _columns(self) -> tuple[dict[str, Any], Tensor]:
+        """What every edge is, as columns of a table, and its cell."""
+        import numpy as np
+
+        cells = self._cells()
+        axes = {a: np.array(self.labels[a])[cells[:, k]] for k, a in enumerate(("sender", "receiver", "position"))}
+        return {"edge": np.array(self.edges), **axes}, cells
+
+    def strongest(self, n: int = 10) -> pd.DataFrame:
+        """The edges with the largest scores, for a pair those that changed the most.
+
+        ``low`` and ``high`` are the 95 % bootstrap interval of ``recovered``; ``p`` is that of a sign-flip test of the score,
+        ``p_adjusted`` corrected for all edges. At most as many as are kept for every prompt.
+        """
+        import pandas as pd
+
+        view = self._views()[0]
+        place = torch.full((len(self._cells()),), -1)
+        place[self.kept] = torch.arange(len(self.kept))
+        rows = self._order(view, len(place))
+        rows = rows[place[rows] >= 0][:n]
+        at, cells = place[rows], self._cells()[rows]
+        where, share = tuple(cells.T), self._shares(view, at)
+        tested = permutation(self._values(view), resamples=flips(len(self.kept)))
+        adjusted = tested.adjusted if self.adjusted is None else self.adjusted[self.labels["view"].index(view)]
+        columns = {"effect": self._score(view)[where], "effect_se": self._error(view)[where]}
+        columns |= {"recovered": share.value, "low": share.low, "high": share.high, "p": tested.p[at], "p_adjusted": adjusted[at]}
+        side = {} if len(self.sides) == 1 else {"side": view}
+        return pd.DataFrame({"edge": [str(self._edge(c)) for c in cells.tolist()], **side, **{k: v.numpy() for k, v in columns.items()}})
+
+    def _shares(self, view: str, at: Tensor) -> Estimate:
+        """Recovered by some of the kept edges, with its interval."""
+        runs = [(v[:, at], torch.zeros_like(gap), gap) for v, gap in zip(self.values, self.clean - self.corrupt, strict=True)]
+        return changed(runs[0], runs[1]) if view == _CHANGE else recovered(*runs[self.sides.index(view)])
 
     def plot(self) -> go.Figure:
-        """The strongest edges with their intervals."""
-        edges, value, error = self._ranked(_DRAWN)
+        """The strongest edges with their intervals; for a pair those that changed the most."""
+        return self._bars(self._views()[0])
+
+    def figures(self) -> dict[str, go.Figure]:
+        """The strongest edges, and the map between their senders and receivers; for a pair the change first."""
+        found = {}
+        for view in self._views():
+            of = "" if len(self.sides) == 1 else f", {view}"
+            found |= {f"strongest edges{of}": self._bars(view), f"senders and receivers{of}": self._map(view)}
+        return found
+
+    def _titled(self, view: str, text: str) -> str:
+        return ("" if len(self.sides) == 1 else f"{view}: ") + f"{text} by {self.method} (n = {self.clean.shape[1]})"
+
+    def _bars(self, view: str) -> go.Figure:
+        edges, value, error = self._ranked(view, _DRAWN)
         name = f"fall of {self.metric}"
+        what = "fall when the edge is corrupt, tuned - base" if view == _CHANGE else "fall when the edge is corrupt"
         return plots.bars(
             edges,
             {name: value},
-            intervals={name: (value - 1.96 * error, value + 1.96 * error)} if len(self.clean) > 1 else None,
-            title=f"Strongest of {len(self._cells())} edges by {self.method} (n = {len(self.clean)})",
+            intervals={name: (value - 1.96 * error, value + 1.96 * error)} if self.clean.shape[1] > 1 else None,
+            title=self._titled(view, f"Strongest of {len(self._cells())} edges"),
             xlabel="edge",
-            ylabel=f"fall when the edge is corrupt: {self.unit}",
-            floor=self.floor,
+            ylabel=f"{what}: {self.unit}",
+            floor=self._floor(view),
             horizontal=True,
         )
 
-    def figures(self) -> dict[str, go.Figure]:
-        """The strongest edges, and the map between their senders and receivers."""
-        return {"strongest edges": self.plot(), "senders and receivers": self._map()}
-
-    def _map(self) -> go.Figure:
+    def _map(self, view: str) -> go.Figure:
         """Scores between the ends of the strongest edges, summed over the positions there are."""
-        edges, _, _ = self._ranked(_BLOCK)
+        edges, _, _ = self._ranked(view, _BLOCK)
         rows, columns = (
             sorted({self.labels[axis].index(str(end.at(None))) for end in ends})
             for axis, ends in (("sender", [e.sender for e in edges]), ("receiver", [e.receiver for e in edges]))
         )
-        cells = self.score[rows][:, columns]
+        cells = self._score(view)[rows][:, columns]
         values = cells.nansum(-1).masked_fill(cells.isnan().all(-1), torch.nan)
         return plots.heatmap(
             values,
             x=[self.labels["receiver"][i] for i in columns],
             y=[self.labels["sender"][i] for i in rows],
-            title=f"Edges by {self.method} (n = {len(self.clean)})",
+            title=self._titled(view, "Edges"),
             xlabel="receiver",
             ylabel="sender",
-            unit=f"fall of {self.metric}",
-            floor=self.floor,
+            unit=f"fall of {self.metric}" + (", tuned - base" if view == _CHANGE else ""),
+            floor=self._floor(view),
             difference=True,
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def edge_attribution(
-    model: HookedModel,
+    model: HookedModel | ModelPair,
     prompts: PromptPairs,
     *,
     metric: Metric | str = "logit_diff",
@@ -192,7 +321,7 @@ def edge_attribution(
     steps: int = 5,
     per_position: bool = False,
 ) -> EdgeAttributionResult:
-    """Through which edges does the answer flow, from every part of the model to every later one?
+    """Through which edges does the answer flow, and did fine-tuning change them?
 
     Embedding, heads and MLPs write into the residual stream; q, k and v of every head, the MLPs and the logits read it. An
     edge is what one writer adds to what one reader reads. Its score is how far the metric of the clean run falls when
@@ -206,13 +335,18 @@ def edge_attribution(
     where that paper takes their ends. The scores of all edges out of a node add up to the attribution of the node;
     those out of the embedding, by ``eap_ig``, to the whole fall as the steps grow. Edges of ``exact`` add up to nothing.
 
+    For a pair every edge is scored in both models, each with its own activations; the change is tuned - base in units of the
+    metric, with a standard error over the same prompts. Where clean and corrupt differ in length in some pair, all are compared at
+    named positions only; other tokens keep what they carry in the clean run, also on the way that ``eap_ig`` goes, which
+    then ends at a clean prompt with some embeddings of the corrupt one.
+
     Norms are not frozen. b_O belongs to no head. ``k`` and ``v`` are those of key/value heads, which groups of heads share. In
     parallel blocks attention does not feed the MLP of its layer. Scores are means over prompts in units of the metric, with
-    standard errors; at padding they are 0.
+    standard errors; at padding they are 0. Those of single prompts are kept for all edges, or for the strongest.
 
     Args:
-        model: the model.
-        prompts: clean and corrupt prompts, of one length within each pair.
+        model: one model, or a pair to compare.
+        prompts: clean and corrupt prompts.
         metric: what counts as the answer; read at END if scores are wanted per position.
         method: ``eap``, ``eap_ig`` or ``exact``.
         steps: gradients per prompt of ``eap_ig``.
@@ -220,184 +354,72 @@ def edge_attribution(
             where only END is named and all prompts have one length.
 
     Raises:
-        InputError: the lengths of a pair differ; clean and corrupt do not; the metric has no gradient; an architecture whose parts
-            do not simply add up.
+        InputError: names that do not pair up; clean and corrupt do not differ; the metric has no gradient; an architecture whose
+            parts do not simply add up; more scores than memory.
     """
     judge = Metric.parse(metric)
     _refuse(prompts, judge, method, steps, per_position)
     clean, corrupt = model.batch(prompts.clean), model.batch(prompts.corrupt)
-    names = _names(clean) if per_position else ("all",)
-    reference = model.logits(clean, at=judge.position).cpu() if judge.needs_reference else None
-    reader = judge.reader(prompts, reference)
+    met = Meeting.of(clean, corrupt)
+    names = place_names(clean, met) if per_position else ("all",)
     if method == "exact":  # it takes long
-        _refuse_if_alike(run(model, clean, reader), run(model, corrupt, reader), judge)
-    graph, ends, moments = Edges(model), torch.empty(2, len(clean)), _Moments()
-    _check(graph, clean, corrupt, reader)
-    score = _scorer(graph, corrupt, reader, method, steps, names)
-    for part, (values, found) in progress(model.each(clean, _bytes(model, clean, names), score), "edges, batches"):
-        ends[:, part.rows] = values
-        moments = moments.joined(found)
-    _refuse_if_alike(ends[0], ends[1], judge)
-    there = _there(model, names)
+        _refuse_if_alike({side: _ends(m, clean, corrupt, _reader(judge, prompts, m, clean)) for side, m in _sides(model)}, judge)
+    ends: dict[str, Tensor] = {}
+    found: list[Tensor] = []
+    floors: list[float] = []
+    for side, m in _sides(model):
+        reader, of = _reader(judge, prompts, m, clean), "" if side == "model" else f", {side}"
+        ends[side], scores = edge_scores(
+            m, clean, corrupt, met, reader, method=method, steps=steps, names=names, desc=f"edges, batches{of}"
+        )
+        found.append(scores)
+        floors.append(_rounding(m, clean[:4], reader[:4], ends[side]))
+    _refuse_if_alike(ends, judge)
+    stats, there, shape = EdgeStats.of(found), edges_there(model.shape, names), model.shape
     return EdgeAttributionResult(
-        score=moments.mean.masked_fill(~there, torch.nan),
-        error=moments.error.masked_fill(~there, torch.nan),
-        clean=ends[0],
-        corrupt=ends[1],
-        floor=_rounding(model, clean[:4], reader[:4], ends),
+        score=_spread(stats.mean[: len(found)], there),
+        error=_spread(stats.error, there),
+        clean=torch.stack([e[0] for e in ends.values()]),
+        corrupt=torch.stack([e[1] for e in ends.values()]),
+        floor=torch.tensor(floors),
+        kept=stats.kept,
+        values=stats.values,
+        adjusted=stats.adjusted,
         method=method,
         steps=steps,
         metric=str(judge),
         unit=judge.unit or str(judge),
-        model=(model.shape.n_layers, model.shape.n_heads, model.shape.n_kv_heads),
+        model=(shape.n_layers, shape.n_heads, shape.n_kv_heads),
         prompts=prompts.digest,
         contexts=tuple(sorted(set(prompts.contexts))),
+        notes=met.notes,
         labels={
-            "sender": tuple(map(str, senders(model.shape))),
-            "receiver": tuple(map(str, receivers(model.shape))),
+            "side": tuple(ends),
+            "view": tuple(ends) if len(ends) == 1 else (*ends, _CHANGE),
+            "sender": tuple(map(str, senders(shape))),
+            "receiver": tuple(map(str, receivers(shape))),
             "position": tuple(map(str, names)),
         },
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """Mean over prompts, and what its standard error needs; parts of the prompts are joined as they come (Chan et al. 1979)."""
-
-    n: int = 0
-    mean: Tensor = torch.tensor(0.0, dtype=torch.float64)
-    squares: Tensor = torch.tensor(0.0, dtype=torch.float64)
-
-    @classmethod
-    def of(cls, values: Tensor) -> _Moments:
-        """Of values [prompt ...]."""
-        values = values.cpu().double()
-        return cls(len(values), values.mean(0), (values - values.mean(0)).square().sum(0))
-
-    def joined(self, other: _Moments) -> _Moments:
-        """Of both."""
-        n, gap = self.n + other.n, other.mean - self.mean
-        return _Moments(n, self.mean + gap * (other.n / n), self.squares + other.squares + gap.square() * (self.n * other.n / n))
-
-    @property
-    def error(self) -> Tensor:
-        """Standard error of the mean; NaN for a single prompt."""
-        if self.n < 2:
-            return torch.full_like(self.mean, torch.nan)
-        return (self.squares / (self.n * (self.n - 1))).sqrt()
+def _sides(model: Any) -> list[tuple[str, HookedModel]] | Iterator[tuple[str, HookedModel]]:
+    return model.sides() if hasattr(model, "sides") else [("model", model)]
 
 
-def _scorer(
-    graph: Edges, corrupt: Batch, reader: Reader, method: Method, steps: int, names: tuple[str | int, ...]
-) -> Callable[[Any], tuple[Tensor, _Moments]]:
-    """A function that gives, for some of the prompts, the metric of both runs [2 prompt] and the moments of every edge."""
-
-    def score(part: Any) -> tuple[Tensor, _Moments]:
-        judge = _judge(reader[part.rows])
-        here = graph.trace(part.batch, judge, slopes=method == "eap")
-        there = graph.trace(corrupt.select(part.rows.tolist()), judge, slopes=False)
-        change = graph.changes(here, there)
-        places = _places(part.batch, names).to(change)
-        if method == "exact":
-            found = _exact(graph, here, change, places, judge)
-        else:
-            change = change.movedim(1, 0).contiguous()
-            runs = [here] if method == "eap" else _between(graph, here, there, judge, steps)
-            found = sum((_first_order(graph, each, change, places) for each in runs), torch.zeros(())) / (
-                steps if method == "eap_ig" else 1
-            )
-        return torch.stack([here.value, there.value]).cpu(), _Moments.of(found)
-
-    return score
+def _reader(judge: Metric, prompts: PromptPairs, m: HookedModel, clean: Batch) -> Reader:
+    return judge.reader(prompts, m.logits(clean, at=judge.position).cpu() if judge.needs_reference else None)
 
 
-def _check(graph: Edges, clean: Batch, corrupt: Batch, reader: Reader) -> None:
-    """Check on the first pair that differs that this architecture has the edges that are meant."""
-    i = int((clean.ids != corrupt.ids).any(1).nonzero()[0])
-    judge = _judge(reader[i : i + 1])
-    graph.check_reading(*(graph.trace(batch[i], judge, slopes=False) for batch in (clean, corrupt)))
+def _ends(m: HookedModel, clean: Batch, corrupt: Batch, reader: Reader) -> Tensor:
+    return torch.stack([run(m, clean, reader), run(m, corrupt, reader)])
 
 
-def _judge(reader: Reader) -> Judge:
-    return Judge(lambda logits, rows: reader[rows](logits), reader.position)
-
-
-def _between(graph: Edges, here: Trace, there: Trace, judge: Judge, steps: int) -> Iterator[Trace]:
-    """Runs whose embeddings lie in the middle of equal parts of the way from clean to corrupt."""
-    begin, end = here.sent[Site("embed")], there.sent[Site("embed")]
-    for k in range(steps):
-        yield graph.trace(here.batch, judge, start=begin + (end - begin) * ((k + 0.5) / steps))
-
-
-def _first_order(graph: Edges, at: Trace, change: Tensor, places: Tensor) -> Float[Tensor, "prompt sender receiver position"]:
-    """- change . gradient for all edges; a matrix product per layer of readers. ``change`` is [prompt sender pos d_model]."""
-    out, shape = [], graph.shape
-    for layer in range(shape.n_layers + 1):
-        slope = graph.slopes(at, layer).movedim(1, 0)
-        n = reach(shape, Site("resid_mid", layer)) if layer < shape.n_layers else change.shape[1]
-        if places.shape[-1] == 1:
-            product = torch.bmm(change[:, :n].flatten(2), (slope * places[:, None]).flatten(2).mT)[..., None]
-        else:
-            product = torch.einsum("pstd,prtd,ptk->psrk", change[:, :n], slope, places)
-        out.append(torch.nn.functional.pad(-product, (0, 0, 0, 0, 0, change.shape[1] - n)))
-    return torch.cat(out, dim=2)
-
-
-def _exact(graph: Edges, here: Trace, change: Tensor, places: Tensor, judge: Judge) -> Float[Tensor, "prompt sender receiver position"]:
-    """The fall of the metric in one run per edge; an edge that carries the same in both runs has none."""
-    readers = receivers(graph.shape)
-    out = torch.zeros(len(here.batch), len(change), len(readers), places.shape[-1])
-    for r, receiver in enumerate(progress(readers, "readers")):
-        for k in range(places.shape[-1]):
-            carries = change[: reach(graph.shape, receiver)] * places[None, :, :, k, None]
-            live = carries.flatten(1).any(1).nonzero().flatten()
-            # The unchanged run goes along in the same batch, so that a change nobody reads gives exactly 0.
-            values = graph.carried(here, receiver, torch.cat([torch.zeros_like(carries[:1]), carries[live]]), judge)
-            out[:, live.cpu(), r, k] = (values[0] - values[1:]).T
+def _spread(values: Tensor, there: Tensor) -> Tensor:
+    """Numbers of the edges there are, [view edge], among all cells."""
+    out = torch.full((len(values), *there.shape), torch.nan, dtype=values.dtype)
+    out[:, there] = values
     return out
-
-
-def _there(model: HookedModel, names: tuple[str | int, ...]) -> Tensor:
-    """Which edges there are, [sender receiver position]: the logits are read at END only."""
-    shape = model.shape
-    order = torch.arange(len(senders(shape)))[:, None, None]
-    readers = receivers(shape)
-    ends = torch.tensor(
-        [[reach(shape, r) if r.component != "resid_post" or name in ("all", "END") else 0 for name in names] for r in readers]
-    )
-    return order < ends
-
-
-def _names(clean: Batch) -> tuple[str | int, ...]:
-    """The named positions from left to right; every token where only END is named."""
-    if set(clean.positions) == {"END"} and not clean.padded:
-        return (*range(clean.ids.shape[1] - 1), "END")
-    mean = {name: sum(sum(p) / max(len(p), 1) for p in clean.at(name)) / len(clean) for name in clean.positions}
-    return tuple(name for _, name in sorted((m, name) for name, m in mean.items()))
-
-
-def _places(batch: Batch, names: tuple[str | int, ...]) -> Tensor:
-    """Which tokens each position stands for, [prompt pos position]; no padding."""
-    if names == ("all",):
-        return batch.mask[..., None].float()
-    out = torch.zeros(*batch.ids.shape, len(names))
-    for k, name in enumerate(names):
-        for row, tokens in enumerate(batch.at(name)):
-            out[row, list(tokens), k] = 1
-    return out
-
-
-def _bytes(model: HookedModel, batch: Batch, names: tuple[str | int, ...]) -> int:
-    """Memory per token of a pass: activations with their graph, what senders write, gradients of a layer, and scores.
-
-    A quarter of it: a pass of few tokens spends its time on reading the weights, and where memory does run out parts are halved.
-    """
-    s = model.shape
-    n_senders, n_readers, longest = len(senders(s)), len(receivers(s)), int(batch.lengths.max())
-    graph = s.n_layers * (16 * s.d_model + 4 * s.d_mlp + 4 * s.n_heads * longest)
-    edges = (2 * n_senders + 6 * (s.n_heads + 2 * s.n_kv_heads)) * s.d_model
-    scores = 4 * n_senders * n_readers * len(names) // longest
-    return (graph + edges + scores) * max(model.dtype.itemsize, 4) // 4
 
 
 def _rounding(model: HookedModel, batch: Batch, reader: Reader, ends: Tensor) -> float:
@@ -417,19 +439,18 @@ def _refuse(prompts: PromptPairs, judge: Metric, method: Method, steps: int, per
         raise InputError(f"{judge} is least at the clean run and has no slope there, so eap sees nothing; take eap_ig or exact")
     if per_position and judge.position != "END":
         raise InputError(f"scores per position need a metric that is read at END, but it is {judge}")
-    for i, (a, b) in enumerate(zip(prompts.clean.ids, prompts.corrupt.ids, strict=True)):
-        if len(a) != len(b):
-            raise InputError(
-                f"edges are compared token by token, so a pair needs one length, but pair {i} has {len(a)} and {len(b)} tokens"
-            )
     if prompts.clean.ids == prompts.corrupt.ids:
         raise InputError("clean and corrupt prompts are the same, so there is no difference to attribute")
 
 
-def _refuse_if_alike(clean: Tensor, corrupt: Tensor, judge: Metric) -> None:
-    """Refuse where the metric does not tell clean from corrupt. A single pair has no error to judge by."""
-    if recovered(clean, clean, corrupt).refused is not None and not (len(clean) == 1 and bool(clean != corrupt)):
-        gap = clean - corrupt
-        noise = f" +- {float(standard_error(gap)):.2g}" if len(gap) > 1 else ""
-        told = f"{float(gap.mean()):.3g}{noise}"
+def _refuse_if_alike(ends: Mapping[str, Tensor], judge: Metric) -> None:
+    """Refuse where in no model the metric tells clean from corrupt. A single pair has no error to judge by."""
+    if not any(recovered(c, c, k).refused is None or (len(c) == 1 and bool(c != k)) for c, k in ends.values()):
+        gaps = {side: _told(float((c - k).mean()), float(standard_error(c - k))) for side, (c, k) in ends.items()}
+        told = ", ".join(gap if len(gaps) == 1 else f"{gap} in {side}" for side, gap in gaps.items())
         raise InputError(f"{judge} does not differ between clean and corrupt prompts ({told}), so there is nothing to attribute")
+
+
+def _told(value: float, error: float) -> str:
+    """A number with its noise, if it has one."""
+    return f"{value:.3g}" + ("" if error != error else f" +- {error:.2g}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from interp.analyses import ANALYSES
@@ -15,6 +15,7 @@ from interp.names import unknown
 
 MODELS = ("HookedModel", "ModelPair")
 PROMPTS = ("Prompts", "PromptPairs")
+_ROOT = Path(__file__).parents[1]
 _CLASSES = (*MODELS, *PROMPTS, "Task", "Site", "Heads")  # never aliases: their large files need no look
 
 
@@ -93,10 +94,14 @@ def signature(name: str) -> Signature:
 
 @cache
 def _parsed(module: str) -> ast.Module:
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
+    package, _, name = module.rpartition(".")
+    # Asking Python where a module is would import the packages around it, so one that is not imported is looked up on the disk.
+    folders = sys.modules[package].__path__ if package in sys.modules else [str(_ROOT.joinpath(*package.split(".")[1:]))]
+    places = [Path(folder) / name for folder in folders]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    if not files:
         raise ModuleNotFoundError(f"no module {module}", name=module)
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return ast.parse(files[0].read_text(encoding="utf-8"))
 
 
 def _resolved(annotation: ast.expr, module: str) -> ast.expr:

@@ -40,6 +40,7 @@ def capture_bytes(model: Running, batch: Batch, sites: Sequence[Site], dtype: to
         "k": s.n_kv_heads * s.d_head,
         "v": s.n_kv_heads * s.d_head,
         "mlp_post": s.d_mlp,
+        "result": s.n_heads * s.d_model,
     }
     tokens = int(batch.lengths.sum())
     total = 0
@@ -47,7 +48,8 @@ def capture_bytes(model: Running, batch: Batch, sites: Sequence[Site], dtype: to
         if site.component == "pattern":
             per = batch.ids.shape[1] * (1 if site.head is not None else s.n_heads)
         else:
-            per = s.d_head if site.head is not None else width.get(site.component, s.d_model)
+            head = s.d_model if site.component == "result" else s.d_head
+            per = head if site.head is not None else width.get(site.component, s.d_model)
         total += per * (tokens if site.position is None else sum(len(p) for p in batch.at(site.position)))
     return total * (dtype or model.dtype).itemsize
 

@@ -8,11 +8,11 @@ is taken behind the norm and the projections, and pulled back through them, so n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import InputError
@@ -88,10 +88,14 @@ class Trace:
     read: Mapping[Site, Tensor]
     slopes: Mapping[Site, Tensor]
 
-    @property
-    def mask(self) -> Tensor:
-        """[prompt pos 1]: 1 on tokens, 0 on padding."""
-        return self.batch.mask.to(_wide(self.sent[Site("embed")]))[..., None]
+    def along(self, columns: Int[Tensor, "prompt pos"], batch: Batch) -> Trace:
+        """The same run with its tokens in another order, where they stand against those of other prompts."""
+        rows = torch.arange(len(columns))[:, None]
+
+        def placed(found: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+            return {site: x[rows.to(x.device), columns.to(x.device)] for site, x in found.items()}
+
+        return replace(self, batch=batch, sent=placed(self.sent), streams=placed(self.streams), read=placed(self.read), slopes={})
 
 
 class Edges:
@@ -150,8 +154,13 @@ class Edges:
         logits = self.model.forward(part, prepare, keep=columns).logits
         return judge.of(logits[torch.arange(len(inverse), device=logits.device), inverse.to(logits.device)], part.rows)
 
-    def changes(self, clean: Trace, corrupt: Trace) -> Float[Tensor, "sender prompt pos d_model"]:
-        """What every sender writes in the corrupt run less what it writes in the clean one; 0 at padding. Biases cancel.
+    def changes(self, clean: Trace, corrupt: Trace, mask: Bool[Tensor, "prompt pos"]) -> Float[Tensor, "sender prompt pos d_model"]:
+        """What every sender writes in the corrupt run less what it writes in the clean one. Biases cancel.
+
+        Args:
+            clean: one run.
+            corrupt: the other, its tokens where they stand against the clean ones.
+            mask: tokens that are compared; elsewhere the change is 0.
 
         Raises:
             InputError: the parts of this architecture do not add up to its residual stream.
@@ -162,13 +171,16 @@ class Edges:
             if site.component == "z":
                 change = torch.einsum("pthc,hcd->hptd", change, _wide(self._weight("W_O", site.layer)))
             found.append(change if site.component == "z" else change[None])
-        whole = torch.cat(found) * clean.mask
-        ends = [_wide(t.streams[self.last]) * clean.mask for t in (clean, corrupt)]
+        kept = mask.to(found[0])[..., None]
+        whole = torch.cat(found) * kept
+        ends = [_wide(t.streams[self.last]) * kept for t in (clean, corrupt)]
         self._same(whole.sum(0), ends[1] - ends[0], ends[0], "what heads and MLPs write is scaled or normed before it is added")
         return whole
 
-    def check_reading(self, clean: Trace, corrupt: Trace) -> None:
+    def check_reading(self, clean: Trace, corrupt: Trace, mask: Bool[Tensor, "prompt pos"]) -> None:
         """Check that q, k, v and the MLP of every layer read the stream through its norm and the weights alone.
+
+        Arguments are those of ``changes``.
 
         Raises:
             InputError: they do not, in this architecture or with the edits in force.
@@ -178,9 +190,9 @@ class Edges:
                 outs = [_wide(self._norm(site)(t.streams[self._stream(site)])) for t in (clean, corrupt)]
             if site.component in QKV:  # without the bias, which a difference does not see
                 outs = [torch.einsum("ptd,hdc->pthc", x, _wide(self._weight(QKV[site.component], site.layer))) for x in outs]
-            mask = clean.mask[..., None] if site.component in QKV else clean.mask
-            values = [_wide(t.read[site]) * mask for t in (clean, corrupt)]
-            self._same((outs[1] - outs[0]) * mask, values[1] - values[0], values[0], f"{site} is not norm(stream) @ W")
+            kept = mask.to(outs[0])[..., None, None] if site.component in QKV else mask.to(outs[0])[..., None]
+            values = [_wide(t.read[site]) * kept for t in (clean, corrupt)]
+            self._same((outs[1] - outs[0]) * kept, values[1] - values[0], values[0], f"{site} is not norm(stream) @ W")
 
     def _same(self, got: Tensor, wanted: Tensor, scale: Tensor, why: str) -> None:
         """Refuse where two ways to one change disagree by more than rounding."""
@@ -278,11 +290,7 @@ class Edges:
 
 def _at_reader(hooks: Hooks, receiver: Site, fn: Callable[[Tensor], Tensor]) -> None:
     """Call a function where a receiver's own way begins: that of an MLP behind its norm, which attention may share."""
-    if receiver.component == "resid_mid":
-        point = hooks.wrapped.bridge.hook_dict[f"blocks.{receiver.layer}.mlp.hook_in"]
-        hooks._handles.append((point, point.add_hook(lambda x, hook: fn(x))))
-    else:
-        hooks.on(receiver.component, receiver.layer, fn)
+    hooks.on("mlp_in" if receiver.component == "resid_mid" else receiver.component, receiver.layer, fn)
 
 
 def _wide(x: Tensor) -> Tensor:

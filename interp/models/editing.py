@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.edits import ActivationChange, Edit, WeightChange
+from interp.edits import ActivationChange, AttentionChange, Edit, WeightChange
 from interp.errors import InputError
 from interp.models import weights
+from interp.models.attention import attention
 from interp.models.checkpoint import has_tokenizer
-from interp.models.interventions import Action, Entry, Ledger, Part, setter
+from interp.models.interventions import Action, Entry, Ledger, Part, Write, setter
 from interp.models.running import Running
 from interp.sites import Site
 
@@ -56,7 +57,7 @@ class Editing(Running):
             InputError: a patch that never fired, or a value that does not fit.
         """
         ledger = Ledger()
-        actions = []
+        actions: list[Action] = []
         for key, value in values.items():
             (site,) = self.sites(key)
             if site.is_weight or site.component == "svd":
@@ -64,7 +65,7 @@ class Editing(Running):
             self.wrapped.hook_point(site.component, site.layer)
             entry = Entry(site)
             ledger.entries.append(entry)
-            actions.append(Action(site, setter(site, value), "prompt", entry))
+            actions.append(Write(site, setter(site, value), "prompt", entry))
         with self._with(ledger, actions):
             yield ledger
         ledger.check()
@@ -91,8 +92,8 @@ class Editing(Running):
         """
         if any(e is edit for e in self._edits):
             raise InputError(f"the edit {edit.name or edit.digest[:8]} is already in force")
-        ledger = Ledger([Entry(self.sites(c.site)[0]) for c in edit.activations])
-        actions = [Action(c.site, _applier(c), c.at, e) for c, e in zip(edit.activations, ledger.entries, strict=True)]
+        ledger = Ledger()
+        actions = [self._action(change, ledger) for change in edit.activations]
         self._set_edits([*self._edits, edit])
         try:
             with self._with(ledger, actions):
@@ -101,6 +102,14 @@ class Editing(Running):
             self._set_edits([e for e in self._edits if e is not edit])
         if any(e.fired for e in ledger.entries):
             ledger.check()
+
+    def _action(self, change: ActivationChange | AttentionChange, ledger: Ledger) -> Action:
+        """What carries a change out, with its rows in the ledger."""
+        if isinstance(change, AttentionChange):
+            return attention(change, self.wrapped, ledger)
+        entry = Entry(self.sites(change.site)[0])
+        ledger.entries.append(entry)
+        return Write(change.site, _applier(change), change.at, entry)
 
     def _set_edits(self, edits: list[Edit]) -> None:
         """Make exactly these edits' weight changes the ones in force."""

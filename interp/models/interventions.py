@@ -79,6 +79,7 @@ class Part:
         total: prompts of the whole batch.
         width: columns of the whole batch.
         phase: "prompt", or "new" for generated tokens.
+        prompts: the prompts, also while ``batch`` is generated tokens.
     """
 
     batch: Batch
@@ -86,12 +87,14 @@ class Part:
     total: int
     width: int
     phase: str = "prompt"
+    prompts: Batch | None = None
 
     @classmethod
     def of(cls, batch: Batch, rows: Sequence[int] | None = None) -> Part:
         """Some prompts of a batch, or all."""
         chosen = list(range(len(batch))) if rows is None else list(rows)
-        return cls(batch if rows is None else batch.select(chosen), torch.tensor(chosen), len(batch), batch.ids.shape[1])
+        some = batch if rows is None else batch.select(chosen)
+        return cls(some, torch.tensor(chosen), len(batch), batch.ids.shape[1], prompts=some)
 
 
 Change = Callable[[Tensor, Part], Tensor]
@@ -99,8 +102,8 @@ Change = Callable[[Tensor, Part], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Action:
-    """One intervention: where, what, when, and its row in the ledger."""
+class Write:
+    """An intervention at one site: where, what, when, and its row in the ledger."""
 
     site: Site
     change: Change
@@ -108,11 +111,27 @@ class Action:
     entry: Entry
 
 
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """An intervention that puts its own hooks in place.
+
+    Attributes:
+        at: when.
+        install: is given the hooks of a pass.
+    """
+
+    at: str
+    install: Callable[[Hooks], None]
+
+
+Action = Write | Custom
+
+
 def locate(site: Site, part: Part, x: Tensor) -> tuple[Any, ...]:
     """The index into a full activation that gives the site's head and positions.
 
-    Full activations are [prompt, pos, d], [prompt, pos, head, d_head], and [prompt, head, query, key] for
-    ``pattern``, whose position is the query's. The indexed part is [prompt, ...], or [prompt, n, ...] for a
+    Full activations are [prompt, pos, d], [prompt, pos, head, d_head], of ``result`` [prompt, pos, head, d_model], and
+    [prompt, head, query, key] for ``pattern``, whose position is the query's. The indexed part is [prompt, ...], or [prompt, n, ...] for a
     position that names n tokens of every prompt.
 
     Raises:
@@ -190,14 +209,49 @@ class Points:
         """Nothing is installed yet."""
         self.wrapped = wrapped
         self._handles: list[tuple[Any, Any]] = []
+        self._readers: list[Any] = []
+        self._results: dict[int | None, list[Callable[[Tensor], Tensor | None]]] = {}
 
     def on(self, component: str, layer: int | None, fn: Callable[[Tensor], Tensor | None]) -> None:
         """Call a function with an activation; what it returns, if anything, takes its place."""
+        if component == "result":
+            self._on_results(layer, fn)
+            return
         point = self.wrapped.hook_point(component, layer)
         self._handles.append((point, point.add_hook(lambda t, hook: fn(t))))
 
+    def _on_results(self, layer: int | None, fn: Callable[[Tensor], Tensor | None]) -> None:
+        """The same for what single heads add, which is no tensor of the model: a change of it is one of what attention adds.
+
+        All functions of a layer share one tensor, so that later ones see what earlier ones set.
+        """
+        if layer in self._results:
+            self._results[layer].append(fn)
+            return
+        functions = self._results[layer] = [fn]
+        taken: list[Tensor] = []
+        # W_O's own input, so that it does not matter when hooks on z were installed.
+        module = self.wrapped.output_projection(layer)
+        self._readers.append(module.register_forward_pre_hook(lambda _, args: taken.append(args[0])))
+
+        def add(x: Tensor) -> Tensor | None:
+            weights = self.wrapped.output_weights(layer)
+            before = now = torch.einsum("pthc,hcd->pthd", taken.pop().unflatten(-1, weights.shape[:2]), weights)
+            for function in functions:
+                new = function(now)
+                now = now if new is None else new
+            # Summed in at least fp32; a head that stays as it is adds exactly 0.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return None if now is before else (x.to(wide) + (now.to(wide) - before.to(wide)).sum(2)).to(x.dtype)
+
+        self.on("attn_out", layer, add)
+
     def remove(self) -> None:
         """Take every hook out again."""
+        for reader in self._readers:
+            reader.remove()
+        self._readers.clear()
+        self._results.clear()
         for point, handle in self._handles:
             handle.hook.remove()
             point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
@@ -214,9 +268,13 @@ class Hooks(Points):
 
     def act(self, action: Action) -> None:
         """Install one intervention, unless it does not concern this phase."""
-        site, entry, part = action.site, action.entry, self.part
+        part = self.part
         if action.at != "all" and action.at != part.phase:
             return
+        if isinstance(action, Custom):
+            action.install(self)
+            return
+        site, entry = action.site, action.entry
         if part.phase == "new" and site.position is not None:
             return
 

@@ -9,9 +9,9 @@ stand-in for its cache hands out what was kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,10 +30,13 @@ from interp.sites import Site
 if TYPE_CHECKING:
     from interp.models.running import Running
 
-OWN_POSITION = ("q", "z", "pattern", "attn_out", "mlp_out", "mlp_post", "resid_mid", "resid_post")
+OWN_POSITION = ("q", "z", "pattern", "result", "attn_out", "mlp_out", "mlp_post", "resid_mid", "resid_post")
 """Activations that change the stream leaving their block at their own position only; later ones see ``resid_pre``, ``k`` and ``v``."""
 
+BEFORE = ("resid_pre", "k", "v")
+"""Activations that other positions see within the same block."""
 
+_CACHE = 2**22  # bytes
 _LEARNED = 2**25 - 2**16  # bytes; of larger ones glibc learns nothing
 
 
@@ -45,11 +48,13 @@ class Kept:
         stream: entering every block, and last leaving the last one; [prompt pos d_model] each.
         keys: of every block, [prompt head pos d_head] each.
         values: of every block, alike.
+        projected: what ``projections`` of every block give, by name, [prompt pos d]; those that cannot be told apart are left out.
     """
 
     stream: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    projected: list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,27 @@ class Wave:
         return 2 * self.layer + self.alone
 
 
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Positions of a block that rows of a wave go through.
+
+    Attributes:
+        wave: the wave.
+        layer: which block.
+        start: the first position.
+        stop: where it ends.
+        as_kept: rows whose stream enters as kept, but for the first positions.
+        changed: how many first positions.
+    """
+
+    wave: Wave
+    layer: int
+    start: int
+    stop: int
+    as_kept: range = range(0)
+    changed: int = 0
+
+
 class Recorded(DynamicCache):
     """Keeps keys and values and hands them back as they came, so that the run is the one without a cache."""
 
@@ -116,30 +142,43 @@ class Recorded(DynamicCache):
 
 @dataclass(eq=False)
 class Past:
-    """What a block takes for its cache: kept keys and values before the new ones. It never grows.
+    """What a block takes for its cache: the kept keys and values, over which it writes the new ones.
 
     Attributes:
-        keys: of the positions before, [row head pos d_head].
+        keys: of positions from the first on, [row head pos d_head]; a copy of one's own.
         values: alike.
-        stop: end the pass when the new ones are known.
-        seen: the joined keys and values of the last call.
+        start: the position of the next ones.
+        stop: end the pass when they are known.
     """
 
     keys: Tensor
     values: Tensor
+    start: int
     stop: bool = False
-    seen: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The kept ones with the new ones behind them."""
-        self.seen = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+        """The kept ones with the new ones in their places, up to the last of these."""
+        end = self.start + key_states.shape[-2]
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        keys[:, :, self.start :], values[:, :, self.start :] = key_states, value_states
         if self.stop:
             raise StopForward
-        return self.seen
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions that are kept."""
-        return self.keys.shape[-2]
+        """Positions before the next ones."""
+        return self.start
+
+    def __getitem__(self, rows: slice) -> Past:
+        """That of some rows, which shares what is written."""
+        return Past(self.keys[rows], self.values[rows], self.start, self.stop)
+
+
+def projections(wrapped: Wrapped, layer: int) -> dict[str, Any]:
+    """The modules that make q, k and v of a block's normed stream, position by position; none where TransformerLens names none."""
+    attention = getattr(wrapped.bridge.blocks[layer], "attn", None)
+    found = {name: getattr(getattr(attention, name, None), "original_component", None) for name in ("q", "k", "v")}
+    return {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
 
 
 def keep(model: Running, batch: Batch) -> Kept:
@@ -156,19 +195,41 @@ def keep(model: Running, batch: Batch) -> Kept:
             for site in sites:
                 hooks.read(site, seen)
 
-        with torch.no_grad():
+        with torch.no_grad(), _outputs(model.wrapped) as made:
             model.forward(part, prepare, trunk=True, cache=cache)
-        return {**seen, **{("k", layer): k for layer, (k, _) in cache.kept.items()}, **{("v", i): v for i, (_, v) in cache.kept.items()}}
+        size = part.batch.ids.shape
+        return {
+            **seen,
+            **{("keys", layer): k for layer, (k, _) in cache.kept.items()},
+            **{("values", layer): v for layer, (_, v) in cache.kept.items()},
+            **{name: x for name, x in made.items() if x.shape[:-1] == size},
+        }
 
     for part, got in model.each(batch, model._bytes_per_token(), run):
         for name, x in got.items():
-            axis = 1 if isinstance(name, Site) else 2
+            axis = 1 if x.ndim == 3 else 2
             if name not in full:
                 size = list(x.shape)
                 size[0], size[axis] = batch.ids.shape
                 full[name] = x.new_zeros(size)
             full[name].narrow(axis, 0, x.shape[axis])[part.rows.to(x.device)] = x
-    return Kept([full[s] for s in sites], [full["k", i] for i in range(n)], [full["v", i] for i in range(n)])
+    keys, values = ([full[name, i] for i in range(n)] for name in ("keys", "values"))
+    return Kept([full[s] for s in sites], keys, values, [{c: full[c, i] for c in "qkv" if (c, i) in full} for i in range(n)])
+
+
+@contextmanager
+def _outputs(wrapped: Wrapped) -> Iterator[dict[tuple[str, int], Tensor]]:
+    """Keep what the projections give while a pass runs."""
+    made: dict[tuple[str, int], Tensor] = {}
+    handles = []
+    try:
+        for layer in range(wrapped.shape.n_layers):
+            for name, module in projections(wrapped, layer).items():
+                handles.append(module.register_forward_hook(lambda _, args, out, key=(name, layer): made.update({key: out})))
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(eq=False)
@@ -202,50 +263,111 @@ class Restart:
         joined = torch.searchsorted(wave.order, 2 * torch.arange(first, last + 2, device=wave.order.device)).tolist()
         entered = torch.searchsorted(wave.order, 2 * torch.arange(first, last + 1, device=wave.order.device) + 1).tolist()
         stream = kept.stream[0][:0, start : end + 1]
+        lone = range(0)
         for layer, before, here, after in zip(range(first, last + 1), joined, entered, joined[1:], strict=False):
             if here > before:
                 stream = torch.cat([stream, kept.stream[layer][:, start : end + 1].index_select(0, wave.prompt[before:here])])
             if here:
-                rows = slice(0, here)
-                stream = self._block(layer, stream, rows, wave, start, end + 1) if layer < last else self._last(stream, rows, wave)
+                rows = range(here)
+                # What was alone in the block before has changed at one position only when it enters this one.
+                as_kept = range(0) if any(w.layer == layer and w.component in BEFORE for w in wave.writes) else lone
+                if layer < last:
+                    stream = self._block(Stretch(wave, layer, start, end + 1, as_kept, 1), stream, rows)
+                else:
+                    stream = self._last(stream, rows, wave, as_kept)
             if after > here:
                 # The change has not left its position when it leaves this block: everything else there is as it was.
-                rows, prompt = slice(here, after), wave.prompt[here:after]
-                alone = self._block(layer, kept.stream[layer][:, start : start + 1].index_select(0, prompt), rows, wave, start, start + 1)
+                rows, prompt = range(here, after), wave.prompt[here:after]
+                alone = kept.stream[layer][:, start : start + 1].index_select(0, prompt)
+                alone = self._block(Stretch(wave, layer, start, start + 1, rows), alone, rows)
                 rest = kept.stream[layer + 1][:, start + 1 : end + 1].index_select(0, prompt)
                 stream = torch.cat([stream[:, -1:] if layer == last else stream, torch.cat([alone, rest], 1)])
+            lone = range(here, after)
         return stream[:, -1]
 
-    def _block(self, layer: int, stream: Tensor, rows: slice, wave: Wave, start: int, stop: int, past: Past | None = None) -> Tensor:
-        """One block over positions ``start`` up to ``stop``."""
-        past = past or self._past(layer, rows, wave, start)
-        if (start, stop) not in self._calls:
-            self._calls[start, stop] = self.wrapped.calls(start, stop)
-        with writing(self.wrapped, [w for w in wave.writes if w.layer == layer], rows, start, stop):
-            return self.wrapped.block(layer, stream, self._calls[start, stop][layer], past)
+    def _block(self, at: Stretch, stream: Tensor, rows: range, past: Past | None = None) -> Tensor:
+        """One block over a stretch of some rows, a few at a time; ``past`` is their cache, if it is there already."""
+        found = []
+        step = self._at_once(at.stop - at.start)
+        for low in range(0, len(rows), step):
+            some = rows[low : low + step]
+            mine = past[low : low + step] if past else self._past(at, some)
+            found.append(self._few(at, stream[low : low + step], some, mine))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _past(self, layer: int, rows: slice, wave: Wave, start: int, *, stop: bool = False) -> Past:
-        """The kept keys and values of the positions before ``start``."""
-        prompt = wave.prompt[rows]
-        keys, values = (kept[layer][:, :, :start].index_select(0, prompt) for kept in (self.kept.keys, self.kept.values))
-        return Past(keys, values, stop)
+    def _few(self, at: Stretch, stream: Tensor, rows: range, past: Past) -> Tensor:
+        if (at.start, at.stop) not in self._calls:
+            self._calls[at.start, at.stop] = self.wrapped.calls(at.start, at.stop)
+        writes = [w for w in at.wave.writes if w.layer == at.layer]
+        with writing(self.wrapped, writes, rows, at.start, at.stop), self._projecting(at, rows):
+            return self.wrapped.block(at.layer, stream, self._calls[at.start, at.stop][at.layer], past)
 
-    def _last(self, stream: Tensor, rows: slice, wave: Wave) -> Tensor:
+    def _at_once(self, positions: int) -> int:
+        """Rows that go through a block together: on a CPU as many as leave what is inside its MLP in the cache."""
+        row = positions * self.wrapped.shape.d_mlp * self.kept.stream[0].itemsize
+        return max(1, _CACHE // row) if self.wrapped.device.type == "cpu" else 2**31
+
+    def _past(self, at: Stretch, rows: range) -> Past:
+        """The kept keys and values of the positions before, and room for new ones."""
+        prompt = at.wave.prompt[rows.start : rows.stop]
+        keys, values = (kept[at.layer][:, :, : at.stop].index_select(0, prompt) for kept in (self.kept.keys, self.kept.values))
+        return Past(keys, values, at.start)
+
+    def _last(self, stream: Tensor, rows: range, wave: Wave, as_kept: range) -> Tensor:
         """The last block: keys and values wherever they changed, everything else at the position that is read."""
         layer, start, end = self.wrapped.shape.n_layers - 1, wave.start, wave.end
         if start == end:
-            return self._block(layer, stream, rows, wave, end, end + 1)
-        past = self._past(layer, rows, wave, start, stop=True)
+            return self._block(Stretch(wave, layer, end, end + 1), stream, rows)
+        past = self._past(Stretch(wave, layer, start, end + 1), rows)
+        for some, stop in ((rows[: as_kept.start], end), (as_kept, start + 1), (rows[as_kept.stop :], end)):
+            if some:
+                part = slice(some.start, some.stop)
+                self._keys(Stretch(wave, layer, start, stop), stream[part, : stop - start], some, past[part])
+        return self._block(Stretch(wave, layer, end, end + 1, as_kept), stream[:, -1:], rows, replace(past, start=end))
+
+    def _keys(self, at: Stretch, stream: Tensor, rows: range, past: Past) -> None:
+        """Put new keys and values over the kept ones."""
         try:
-            self._block(layer, stream[:, :-1], rows, wave, start, end, past)
+            self._few(at, stream, rows, replace(past, stop=True))
         except StopForward:
-            assert past.seen is not None
-            return self._block(layer, stream[:, -1:], rows, wave, end, end + 1, Past(*past.seen))
+            return
         raise TypeError("the last block took no cache")
+
+    @contextmanager
+    def _projecting(self, at: Stretch, rows: range) -> Iterator[None]:
+        """Make q, k and v only where rows are not as kept."""
+        low, high = (min(max(i, rows.start), rows.stop) - rows.start for i in (at.as_kept.start, at.as_kept.stop))
+        length, changed = at.stop - at.start, at.changed
+        kept = self.kept.projected[at.layer] if low < high and changed < length else {}
+        modules = {name: module for name, module in projections(self.wrapped, at.layer).items() if name in kept} if kept else {}
+        prompt = at.wave.prompt[rows.start + low : rows.start + high]
+
+        def instead(real: Callable[[Tensor], Tensor], there: Tensor) -> Callable[[Tensor], Tensor]:
+            def forward(x: Tensor) -> Tensor:
+                if x.shape[:-1] != (len(rows), length):
+                    return real(x)
+                known = there[:, at.start : at.stop].index_select(0, prompt)
+                if changed:
+                    known[:, :changed] = real(x[low:high, :changed])
+                parts = [known if some is None else real(some) for some in (x[:low], None, x[high:]) if some is None or len(some)]
+                return known if len(parts) == 1 else torch.cat(parts)
+
+            return forward
+
+        own = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        try:
+            for name, module in modules.items():
+                module.__dict__["forward"] = instead(module.forward, kept[name])
+            yield
+        finally:
+            for name, module in modules.items():
+                del module.__dict__["forward"]
+                if own[name] is not None:
+                    module.__dict__["forward"] = own[name]
 
 
 @contextmanager
-def writing(wrapped: Wrapped, writes: Sequence[Write], rows: slice, start: int, stop: int) -> Iterator[None]:
+def writing(wrapped: Wrapped, writes: Sequence[Write], rows: range, start: int, stop: int) -> Iterator[None]:
     """Set activations of one block that runs over positions ``start`` up to ``stop`` of some rows."""
     hooks = Points(wrapped)
     try:
@@ -368,6 +490,6 @@ def wave_bytes(model: Running, start: int, end: int, vocabulary: int) -> int:
 def prompts_at_once(model: Running, batch: Batch, sites: Sequence[Site]) -> int:
     """Prompts whose kept runs and activations at sites, here and in the source, take at most a quarter of the free memory."""
     s = model.shape
-    kept = (s.n_layers * (s.d_model + 2 * s.n_kv_heads * s.d_head) + s.d_model) * batch.ids.numel() * model.dtype.itemsize
+    kept = (s.n_layers * (s.d_model + (4 * s.n_kv_heads + s.n_heads) * s.d_head) + s.d_model) * batch.ids.numel() * model.dtype.itemsize
     need = (kept + 4 * capture_bytes(model, batch, sites)) / len(batch)
     return max(1, int(free_bytes(model.wrapped.device) / 4 / need))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from interp.errors import InputError
 from interp.models.checkpoint import Shape, read_shape
-from interp.sites import Site
+from interp.sites import ACTIVATIONS, Site
 
 _HOOKS = (
     "_forward_hooks",
@@ -44,6 +44,9 @@ _NAMES = {
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
     "mlp_post": "mlp.hook_post",
+    "result": "hook_attn_out",  # made of z; a change goes into what attention adds
+    "mlp_in": "mlp.hook_in",  # the last two are no sites: what an MLP takes from its norm, and attention before the softmax
+    "scores": "attn.hook_attn_scores",
 }
 
 
@@ -103,6 +106,7 @@ class Wrapped:
             raise InputError(f"TransformerLens cannot wrap {type(source).__name__}: {e}") from e
         self._fused = [b.attn for b in self.bridge.blocks if hasattr(getattr(b, "attn", None), "split_qkv_matrix")]
         self._points: dict[tuple[str, int | None], Any] = {}
+        self._no_results: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +134,9 @@ class Wrapped:
                 if dst._buffers.get(name) is not b:
                     dst._buffers[name] = b
         for attn in self._fused:
+            fused = _storages(attn.original_component)
+            if all(_storages(own.original_component) <= fused for own in (attn.q, attn.k, attn.v)):
+                continue  # slices of the very tensors: nothing to take over
             # On the meta device the fresh nn.Linear of the split cost nothing; their weights are then the real slices.
             with torch.no_grad(), torch.device("meta"):
                 parts = attn.split_qkv_matrix(attn.original_component)
@@ -256,7 +263,7 @@ class Wrapped:
         """
         key = (component, layer)
         if component != "embed" and component not in _NAMES:
-            raise InputError(f"{component} is not an activation; activations are embed, {', '.join(_NAMES)}")
+            raise InputError(f"{component} is not an activation; activations are {', '.join(ACTIVATIONS)}")
         if key not in self._points:
             name = "hook_embed" if component == "embed" else f"blocks.{layer}.{_NAMES[component]}"
             point = self.bridge.hook_dict.get(name)
@@ -266,12 +273,57 @@ class Wrapped:
             self._points[key] = point
         return self._points[key]
 
+    def output_projection(self, layer: int | None) -> Any:
+        """The module that takes z, all heads side by side, and gives what they add together."""
+        return self.bridge.blocks[layer].attn.o.original_component
+
+    def output_weights(self, layer: int | None) -> Float[Tensor, "head d_head d_model"]:
+        """W_O in force."""
+        return self.bridge.blocks[layer].attn.W_O.detach()
+
+    def _why_no_results(self) -> str:
+        """Why what attention adds is not what its heads add, and the bias; "" where it is. Tried once, on a short prompt."""
+        added: dict[int, Tensor] = {}
+        taken: dict[int, Tensor] = {}
+        points, readers = [], []
+        self.refresh()
+        try:
+            for layer in range(self.shape.n_layers):
+                point, module = self.hook_point("attn_out", layer), self.output_projection(layer)
+                points.append((point, point.add_hook(lambda x, hook, layer=layer: added.update({layer: x}))))
+                readers.append(module.register_forward_pre_hook(lambda _, args, layer=layer: taken.update({layer: args[0]})))
+            n = min(5, self.shape.n_ctx)
+            ids = torch.tensor([[(7 * i + 3) % self.shape.d_vocab for i in range(n)]], device=self.device)
+            with torch.no_grad():
+                self.runner.base_model(input_ids=ids, use_cache=False)
+                for layer in range(self.shape.n_layers):
+                    z = taken[layer]
+                    bias = self.output_projection(layer)(torch.zeros_like(z)).float()
+                    weights = self.output_weights(layer).float()
+                    heads = torch.einsum("pthc,hcd->ptd", z.float().unflatten(-1, weights.shape[:2]), weights)
+                    allowed = max(1e-4, 16 * torch.finfo(z.dtype).eps) * float(added[layer].float().norm())
+                    if not float((heads + bias - added[layer].float()).norm()) <= allowed:
+                        return "what attention adds is not the sum of z @ W_O and b_O, but normed, gated or scaled behind W_O"
+        except (AttributeError, LookupError, TypeError, RuntimeError, InputError) as error:
+            return f"TransformerLens gives no W_O that z goes through ({type(error).__name__})"
+        finally:
+            for reader in [*readers, *(handle.hook for _, handle in points)]:
+                reader.remove()
+            for point, handle in points:
+                point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
+        return ""
+
     def check(self, site: Site) -> Site:
         """The site, if this model has it.
 
         Raises:
-            InputError: layer or head out of range (the range is named).
+            InputError: layer or head out of range (the range is named), or single heads have no result.
         """
+        if site.component == "result":
+            if self._no_results is None:
+                self._no_results = self._why_no_results()
+            if self._no_results:
+                raise InputError(f"{site}: heads of {self.shape.architecture} have no result of their own: {self._no_results}")
         s = self.shape
         if site.layer is not None and not site.layer < s.n_layers:
             raise InputError(f"{site}: layer {site.layer} is out of range; the model has layers 0 to {s.n_layers - 1}")
@@ -280,6 +332,10 @@ class Wrapped:
             kind = "key/value heads" if site.component in ("k", "v") else "heads"
             raise InputError(f"{site}: head {site.head} is out of range; the model has {kind} 0 to {heads - 1}")
         return site
+
+
+def _storages(module: nn.Module) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in module.parameters()}
 
 
 def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

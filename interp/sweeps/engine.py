@@ -119,9 +119,11 @@ def sweep(
                 yield from _restarted(job, state, embeds, can.columns)
                 yield from _plainly(job, state, embeds)
                 found = _compared(job, state, seed)
-                off = max((_apart(got, want) for *_, got, want in found), default=0.0)
-                if off > TOLERANCE * noise:  # a patch may make a run more sensitive: how far is the plain way from itself in these cells?
-                    noise = max(noise, *(_apart(want, _plain_cell(job, i, [row, row - 1])) for i, row, _, want in found))
+                off = max((_apart(got, want) for _, _, got, want, _ in found), default=0.0)
+                # A patch may make logits larger, or a run more sensitive: how far is the plain way from itself in these cells?
+                noise = max([noise, *(moved for *_, moved in found)])
+                if off > TOLERANCE * noise:
+                    noise = max(noise, *(_apart(want, _plain_cell(job, i, [row, row - 1])[0]) for i, row, _, want, _ in found))
                 if off > TOLERANCE * noise:
                     state.give_up(f"going on from a cached run was off by {off:.3g} where rounding is {noise:.3g}", rows)
                 deviations.append(off)
@@ -191,17 +193,17 @@ def _plainly(job: Job, state: Progress, which: Iterable[int]) -> Iterator[None]:
         yield from [None] * len(rows)
 
 
-def _compared(job: Job, state: Progress, seed: int) -> list[tuple[int, int, float, float]]:
-    """Patch and prompt of some cells, drawn from all in which something changes; their values here, and the plain way."""
+def _compared(job: Job, state: Progress, seed: int) -> list[tuple[int, int, float, float, float]]:
+    """Patch and prompt of some cells, drawn from all in which something changes; their values here, the plain way, and its rounding."""
     changes = torch.stack([torch.stack([s.differs.any(1) for s in p]).any(0) for p in job.patches]).nonzero().tolist()
     draws = torch.randperm(len(changes), generator=torch.Generator().manual_seed(seed))[:CHECKED].tolist()
     return [
-        (patch, prompt, float(state.values[patch, job.part.rows[prompt]]), _plain_cell(job, patch, [prompt]))
+        (patch, prompt, float(state.values[patch, job.part.rows[prompt]]), *_plain_cell(job, patch, [prompt]))
         for patch, prompt in (changes[i] for i in draws)
     ]
 
 
-def _plain_cell(job: Job, patch: int, prompts: Sequence[int]) -> float:
+def _plain_cell(job: Job, patch: int, prompts: Sequence[int]) -> tuple[float, float]:
     return cell(job.model, job.part.batch, job.patches[patch], job.reader, prompts)
 
 

@@ -54,8 +54,8 @@ def sites_of(patches: Sequence[Site | Patch]) -> list[Patch]:
 
 
 def whole(site: Site) -> Site:
-    """The activation a site is part of: all heads, all positions."""
-    return Site(site.component, site.layer)
+    """The activation a site is cut out of: all heads, all positions. What heads add is made of their z, which is much smaller."""
+    return Site("z" if site.component == "result" else site.component, site.layer)
 
 
 def settings(model: HookedModel, part: Part, patches: Sequence[Patch], source: Source) -> list[list[Setting]]:
@@ -65,29 +65,27 @@ def settings(model: HookedModel, part: Part, patches: Sequence[Patch], source: S
         InputError: the model has no such site, or a value does not fit it.
     """
     batch = part.batch
-    wanted = list(dict.fromkeys(whole(s) for p in patches for s in p))
+    wanted = list(dict.fromkeys(whole(s) for s in model.sites(list(dict.fromkeys(s for p in patches for s in p)))))
     there = model.capture(batch, wanted) if wanted else {}
-    donor: Batch | None = None
     given: Mapping[Site, Tensor] = {}
     if isinstance(source, tuple):
-        asked = list(dict.fromkeys(whole(s) for p in patches if not isinstance(p, Mapping) for s in p))
-        donor, given = source[1], source[0].capture(source[1], asked) if asked else {}
+        asked = source[0].sites(list(dict.fromkeys(s for p in patches if not isinstance(p, Mapping) for s in p)))
+        given = source[0].capture(source[1], list(dict.fromkeys(map(whole, asked)))) if asked else {}
 
     places = cache(columns)
 
     def one(site: Site, patch: Patch) -> Setting:
         x = there[whole(site)]
         where = places(site.position, batch).to(x.device)
-        old = cut(x, site, where)
+        old = added(model, site, cut(x, site, where))
         if isinstance(patch, Mapping):
             new = fitted(patch[site], site, old, part)
-        elif donor is not None:
-            found = given[whole(site)].to(x)
+        elif isinstance(source, tuple):
+            found = given[whole(site)]
             if site.component == "pattern":  # both prompts have the same keys up to the query; behind it there is nothing
                 found = torch.nn.functional.pad(found, (0, max(0, x.shape[-1] - found.shape[-1])))[..., : x.shape[-1]]
-            new = cut(found, site, places(site.position, donor).to(x.device))
+            new = added(source[0], site, cut(found, site, places(site.position, source[1]).to(found.device))).to(x)
         else:
-            assert isinstance(source, Mapping)
             if site not in source:
                 raise InputError(f"the source has no value for {site}; it has {', '.join(map(str, source)) or 'none'}")
             new = fitted(source[site], site, old, part)
@@ -108,6 +106,14 @@ def cut(values: Tensor, site: Site, where: Int[Tensor, "prompt n"]) -> Tensor:
     if site.head is not None:
         values = values[:, :, site.head]
     return values if site.position is None else values[torch.arange(len(values), device=values.device)[:, None], where]
+
+
+def added(model: HookedModel, site: Site, values: Tensor) -> Tensor:
+    """What heads add to the stream, of their z; other activations as they are."""
+    if site.component != "result":
+        return values
+    weights = model.wrapped.output_weights(site.layer)
+    return torch.einsum("pnhc,hcd->pnhd", values, weights) if site.head is None else values @ weights[site.head]
 
 
 def fitted(value: Tensor, site: Site, like: Tensor, part: Part) -> Tensor:

@@ -33,11 +33,24 @@ def patched(model: HookedModel, batch: Batch, patch: Sequence[Setting], reader: 
         return run(model, batch, reader)
 
 
-def cell(model: HookedModel, batch: Batch, patch: Sequence[Setting], reader: Reader, rows: Sequence[int]) -> float:
-    """The metric of one patched run of the first of some prompts, which are run by themselves."""
+def cell(model: HookedModel, batch: Batch, patch: Sequence[Setting], reader: Reader, rows: Sequence[int]) -> tuple[float, float]:
+    """The metric of one patched run of the first of some prompts, run by themselves; and how the last place of its logits moves it."""
     rows = list(rows)
     some = batch.select(rows)
-    return float(patched(model, some, [of_prompts(s, rows, some.ids.shape[1]) for s in patch], reader[rows])[0])
+    settings = [of_prompts(s, rows, some.ids.shape[1]) for s in patch]
+    with model.patched({s.site: as_captured(s.values, s.site) for s in settings}):
+        logits = model.logits(some, at=reader.position)[:1]
+    first = reader[rows[:1]]
+    value = first(logits)
+    return float(value[0]), float((first(last_place(logits)) - value).abs()[0])
+
+
+def last_place(logits: Tensor) -> Tensor:
+    """Logits that moved at random by up to one unit in the last place of the largest."""
+    # Hugging Face takes some softmaxes and norms in fp32 even in an fp64 model.
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
+    draws = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device) * 2 - 1
+    return logits.float() + eps * float(logits.abs().max()) * draws
 
 
 def plain(
@@ -66,10 +79,7 @@ def floor(model: HookedModel, batch: Batch, reader: Reader) -> float:
     """
     logits = model.logits(batch, at=reader.position)
     whole = reader(logits).cpu()
-    # Hugging Face takes some softmaxes and norms in fp32 even in an fp64 model.
-    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
-    draws = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device) * 2 - 1
-    worst = float((reader(logits.float() + eps * float(logits.abs().max()) * draws).cpu() - whole).abs().max())
+    worst = float((reader(last_place(logits)).cpu() - whole).abs().max())
     rows = range(len(batch))
     for part in [rows[::2], rows[1::2]] if len(rows) > 1 else [[0, 0]]:
         part = list(part)
