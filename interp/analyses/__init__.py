@@ -21,6 +21,8 @@ ANALYSES = (
     "cross_patching",
     "path_patching",
     "edge_attribution",
+    "tuco",
+    "tuco_components",
 )
 
 

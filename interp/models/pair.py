@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,6 +14,9 @@ from interp.models.adapters import is_adapter
 from interp.models.batch import Batch
 from interp.models.checkpoint import Shape, has_tokenizer
 from interp.models.hooked import Bos, HookedModel
+
+if TYPE_CHECKING:
+    from interp.models.scaled import ScaledModel
 
 _MUST_MATCH = {
     "architecture": "architecture",
@@ -164,6 +167,25 @@ class ModelPair:
         found = self.base.batch(prompts)
         self.tuned.batch(found)
         return found
+
+    def scaled(self, alpha: float | Sequence[float]) -> ScaledModel:
+        """Both models as one in which what tuning adds to the stream is multiplied: x_{l+1} = x_l + PTC_l + alpha FTC_l.
+
+        Each block of both runs on the stream so made (arXiv 2506.23423). 1 is the tuned model, 0 runs base's blocks between the
+        tuned model's embedding and unembedding, more than 1 amplifies tuning.
+
+        Args:
+            alpha: a number, or one per layer.
+
+        Returns:
+            A model that computes logits, generates and is scored by tasks; its ``verbs`` list what it can do.
+
+        Raises:
+            InputError: alpha is something else, or the pair is loaded one at a time.
+        """
+        from interp.models.scaled import ScaledModel
+
+        return ScaledModel(self, alpha)
 
     def __repr__(self) -> str:
         """Both names."""
