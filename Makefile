@@ -56,3 +56,5 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/tuco.py
+	$(BIN)/python benchmarks/patching.py

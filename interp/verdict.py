@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp.analyses.activation_patching import ActivationPatchingResult
+    from interp.analyses.cross_patching import CrossPatchingResult
     from interp.analyses.pair_check import PairCheckResult
+    from interp.analyses.path_patching import PathPatchingResult
     from interp.analyses.task_accuracy import TaskAccuracyResult
     from interp.analyses.token_divergence import TokenDivergenceResult
     from interp.analyses.weight_delta import WeightDeltaResult
@@ -27,6 +29,8 @@ FEW_QUESTIONS = 100
 """Fewer questions than this leave an accuracy uncertain by up to ten points either way."""
 
 SIGNIFICANT = 0.05
+
+_PATCHING = ("activation_patching", "cross_patching", "path_patching", "edge_attribution")
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
@@ -166,6 +170,12 @@ def _place(found: Sequence[Any]) -> Iterator[str]:
         p: ActivationPatchingResult = patching
         on = "".join(f" on {i.get('task') or i['text']}" for i in p.meta.inputs if i.get("task") or i["text"])
         yield f"Patching{on}: {p.summary().split(' (')[0]} (n = {p.clean.shape[1]} pairs)."
+    for crossing in _of(found, "cross_patching"):
+        c: CrossPatchingResult = crossing
+        yield f"Of {c.sender} inside {c.receiver}, {c.summary().split(' (')[0]} (n = {len(c.start)} prompts)."
+    for paths in _of(found, "path_patching"):
+        d: PathPatchingResult = paths
+        yield f"Straight paths: {d.summary().split(';')[0]} (n = {d.clean.shape[1]} pairs)."
 
 
 def _pair_cautions(found: Sequence[Any]) -> Iterator[str]:
@@ -195,16 +205,16 @@ def _rounding(found: Sequence[Any]) -> Iterator[str]:
         flips, noise = int(a.gained.sum() + a.lost.sum()), int(a.jitter.max())
         if noise and noise * 2 > flips:
             yield f"On {a.task} rounding alone flips {noise} answers, and tuning flips {flips}."
-    for patching in _of(found, "activation_patching"):
-        sweeps: ActivationPatchingResult = patching
-        yield from (f"Activation patching: {note}." for note in sweeps.notes)
+    for name in _PATCHING:
+        yield from (f"{name.replace('_', ' ').capitalize()}: {note}." for patching in _of(found, name) for note in patching.notes)
 
 
 def _small(found: Sequence[Any]) -> Iterator[str]:
     """Numbers that rest on few prompts."""
     few = [f"{r.meta.analysis} has {len(r.kl)} texts" for r in _of(found, "token_divergence") if len(r.kl) < FEW_TEXTS]
     few += [f"{r.task} has {r.right.shape[1]} questions" for r in _of(found, "task_accuracy") if r.right.shape[1] < FEW_QUESTIONS]
-    few += [f"activation patching has {r.clean.shape[1]} pairs" for r in _of(found, "activation_patching") if r.clean.shape[1] < FEW_PAIRS]
+    pairs = [(name, (r.goal if name == "cross_patching" else r.clean).shape[-1]) for name in _PATCHING for r in _of(found, name)]
+    few += [f"{name.replace('_', ' ')} has {n} pairs" for name, n in pairs if n < FEW_PAIRS]
     if few:
         yield f"Small samples: {_join(few)}; --effort full takes more."
 
