@@ -101,7 +101,13 @@ class Session:
 
 
 def stamp(
-    result: Result, loading: Loading, models: Mapping[str, str], *, adapter: str | None = None, prompts: str = "", n: int | None = None
+    result: Result,
+    loading: Loading,
+    models: Mapping[str, str],
+    *,
+    adapter: str | None = None,
+    prompts: str | Mapping[str, str] = "",
+    n: int | None | Mapping[str, int | None] = None,
 ) -> Result:
     """Note in a result what was written for its models and prompts, so that its command can be run as it stands.
 
@@ -110,8 +116,8 @@ def stamp(
         loading: how the models were loaded.
         models: side -> folder, Hub id or organism.
         adapter: what was applied to a single model.
-        prompts: file of the prompts; a task's prompts know where they come from.
-        n: how many of that file's prompts were taken, if not all.
+        prompts: file of the prompts, or one for each parameter; a task's prompts know where they come from.
+        n: how many of that file's prompts were taken, if not all; or such a number for each parameter.
     """
     for entry in result.meta.models:
         if entry["side"] in models:
@@ -119,8 +125,9 @@ def stamp(
         if adapter is not None:
             entry["adapter"] = adapter
     for entry in result.meta.inputs:
-        if prompts and not entry["text"] and not entry.get("task"):
-            entry |= {"text": prompts} | ({} if n is None else {"n": n})
+        file, count = (x.get(entry["parameter"]) if isinstance(x, Mapping) else x for x in (prompts, n))
+        if file and not entry["text"] and not entry.get("task"):
+            entry |= {"text": file} | ({} if count is None else {"n": count})
     if loading.bos != "auto":
         result.meta.notes["bos"] = loading.bos
     return result

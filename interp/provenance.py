@@ -115,11 +115,13 @@ class Meta:
         dtypes = {m["dtype"] for m in self.models}
         words += [f"--dtype={dtypes.pop()}"] if len(dtypes) == 1 else []
         for given in self.inputs:
+            flag = _flag(given["parameter"])
             if given["text"]:
-                words.append(f"--{_flag(given['parameter'])}={given['text']}")
-                words += [f"--prompts-n={given['n']}"] if given.get("n") else []
+                words.append(f"--{flag}={given['text']}")
+                words += [f"--{flag}-n={given['n']}"] if given.get("n") else []
             elif given.get("task"):
-                words += [f"--task={given['task']}", f"--prompts-n={given['n']}", f"--prompts-seed={given['seed']}"]
+                task = "task" if flag == "prompts" else flag  # sets with other names have no flag for tasks of their own
+                words += [f"--{task}={given['task']}", f"--{flag}-n={given['n']}", f"--{flag}-seed={given['seed']}"]
         words += [f"--bos={self.notes['bos']}"] if self.notes.get("bos") in ("always", "never") else []
         for name, value in self.settings.items():
             flag = _flag(name)

@@ -43,6 +43,11 @@ class Estimate:
             return f"none ({self.refused})"
         return f"{float(self.value):.3g} [{float(self.low):.3g}, {float(self.high):.3g}]"
 
+    def at(self, *cell: int) -> str:
+        """``0.42 [0.31, 0.55]`` for one of many, to two places."""
+        ends = (float(x[cell]) + 0.0 for x in (self.value, self.low, self.high))  # no -0.00
+        return "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
+
 
 def _numbers(values: object, what: str) -> Tensor:
     x = values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
@@ -57,6 +62,12 @@ def standard_error(values: object) -> Float[Tensor, "*cell"]:
     if x.shape[0] < 2:
         return torch.full(x.shape[1:], math.nan, dtype=torch.float64)
     return x.std(0, correction=1) / math.sqrt(x.shape[0])
+
+
+def plus_minus(values: Tensor) -> str:
+    """``3.2 +- 0.4``: mean over prompts with its standard error, which a single prompt has not."""
+    error = f" +- {float(standard_error(values)):.2g}" if len(values) > 1 else ""
+    return f"{float(values.double().mean()):.3g}{error}"
 
 
 def resample_counts(n: int, seed: int, resamples: int = RESAMPLES) -> Float[Tensor, "resample prompt"]:
@@ -294,3 +305,119 @@ def permutation(values: object, *, seed: int = 0, resamples: int = RESAMPLES) ->
     dead = found == 0
     shape = x.shape[1:]
     return Permutation(p.masked_fill(dead, 1.0).reshape(shape), adjusted.masked_fill(dead, 1.0).reshape(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Roc:
+    """How well a score tells two sets apart, threshold by threshold, from calling none positive to calling all so.
+
+    Attributes:
+        threshold: scores from here up are called positive, [point]; descending, the first is infinite.
+        false_positive: share of the negatives that are, [point].
+        true_positive: share of the positives that are, [point].
+    """
+
+    threshold: Float[Tensor, " point"]
+    false_positive: Float[Tensor, " point"]
+    true_positive: Float[Tensor, " point"]
+
+
+def _scores(positive: object, negative: object) -> tuple[Tensor, Tensor]:
+    found = _numbers(positive, "scores of positives"), _numbers(negative, "scores of negatives")
+    for x in found:
+        if x.ndim != 1 or bool(x.isnan().any()):
+            raise InputError(f"scores are [prompt] without NaN, but a set has shape {list(x.shape)} and {int(x.isnan().sum())} NaN")
+    return found
+
+
+def roc(positive: object, negative: object) -> Roc:
+    """Shares called positive at every threshold: one point per different score, so that ties are one step.
+
+    Args:
+        positive: scores of the positives, [prompt].
+        negative: scores of the negatives.
+    """
+    scores = _scores(positive, negative)
+    threshold = torch.cat([torch.full((1,), math.inf, dtype=torch.float64), torch.cat(scores).unique().flip(0)])
+    called = [(x >= threshold[:, None]).double().mean(1) for x in scores]
+    return Roc(threshold, false_positive=called[1], true_positive=called[0])
+
+
+def auc(positive: object, negative: object, *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES) -> Estimate:
+    """Area under the ROC curve: how often a positive scores above a negative, a tie counting one half.
+
+    The interval resamples the prompts of each set (percentile bootstrap). Where the sets do not overlap every resample gives
+    the same, so the inner end is that of Newcombe's score interval (2006, method 5), which has a width there too.
+
+    Args:
+        positive: scores of the positives, [prompt].
+        negative: scores of the negatives.
+        seed: of the resampling.
+        level: coverage of the interval.
+        resamples: number of resamples.
+
+    Returns:
+        One number; a set of a single prompt gives NaN ends.
+
+    Raises:
+        InputError: an empty set, or scores that are NaN.
+    """
+    above, below = _scores(positive, negative)
+    n, m = len(above), len(below)
+    wins = (above[:, None] > below).double() + (above[:, None] == below).double() / 2
+    value = wins.mean()
+    if min(n, m) < 2:
+        return Estimate(value, torch.full_like(value, math.nan), torch.full_like(value, math.nan))
+    drawn = ((resample_counts(n, seed, resamples) @ wins) * resample_counts(m, seed + 1, resamples)).sum(1) / (n * m)
+    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    if value in (0.0, 1.0):
+        inner = _separated(n, m, level)
+        low, high = (torch.full_like(value, x) for x in ((inner, 1.0) if value else (0.0, 1 - inner)))
+    return Estimate(value, low, high)
+
+
+def _separated(n: int, m: int, level: float) -> float:
+    """Lower end of the interval of an AUC of 1: where 1 - x = z sqrt(V(x)), with the variance of Hanley and McNeil (1982)."""
+    z = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
+    more = (n + m) / 2 - 1
+    low, high = 0.0, 1.0
+    for _ in range(60):  # halving
+        x = (low + high) / 2
+        variance = x * (1 - x) * (1 + more * (1 - x) / (2 - x) + more * x / (1 + x)) / (n * m)
+        low, high = (x, high) if 1 - x > z * math.sqrt(variance) else (low, x)
+    return low
+
+
+def tpr_at(positive: object, negative: object, rate: float = 0.05, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The largest share of positives that a threshold finds while it calls at most this share of the negatives positive.
+
+    No point between thresholds is made up: with fewer than 1 / rate negatives, none of them may be called. The 95 % interval
+    resamples the prompts of each set, and where all or none are found is Wilson's at the threshold found.
+
+    Args:
+        positive: scores of the positives, [prompt].
+        negative: scores of the negatives.
+        rate: the share of negatives.
+        seed: of the resampling.
+        resamples: number of resamples.
+
+    Raises:
+        InputError: an empty set, scores that are NaN, or a rate outside [0, 1).
+    """
+    above, below = _scores(positive, negative)
+    if not 0 <= rate < 1:
+        raise InputError(f"a false positive rate lies in [0, 1), but it is {rate}")
+    n, m = len(above), len(below)
+    allowed = math.floor(rate * m + 1e-9)
+    below = below.sort(descending=True).values
+    value = (above > below[allowed]).double().mean()
+    if min(n, m) < 2:
+        return Estimate(value, torch.full_like(value, math.nan), torch.full_like(value, math.nan))
+    if value in (0.0, 1.0):
+        low, high = (torch.full_like(value, x) for x in wilson(n if value else 0, n))
+        return Estimate(value, low, high)
+    ranks = resample_counts(m, seed + 1, resamples).cumsum(1)
+    limits = below[(ranks > allowed).double().argmax(1)]  # of the negatives drawn, the first that may not be called
+    found = (resample_counts(n, seed, resamples) * (above > limits[:, None])).sum(1) / n
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Estimate(value, low, high)

@@ -52,7 +52,7 @@ def inputs(folder):
         for parameter in signature(name).inputs:
             known = [value for kind, value in by_class.items() if kind in parameter.names]
             assert known, f"say in this fixture what to hand to {name} as {parameter.name}"
-            made.append(known[-1])
+            made.append(known[-1] if known[-1] not in made else task("plain_text").generate(pair, 5, seed=1))  # a second set of prompts
         return made
 
     return given
@@ -189,7 +189,7 @@ def test_the_command_of_a_result_runs_and_repeats_it(name: str, folder, monkeypa
     words = ["run", name, "--out", str(tmp_path)]
     words += ["--base=base", "--tuned=tuned"] if any("ModelPair" in p.names for p in of.inputs) else ["--model=base"]
     if of.of_kind(*PROMPTS):
-        words.append("--prompts=pairs.jsonl")
+        words += [f"--{p.name}={file}" for p, file in zip(of.of_kind(*PROMPTS), ("pairs.jsonl", "plain_text"), strict=False)]
     elif of.of_kind("Task"):
         words.append("--task=ioi")
     words += [f"--{k.replace('_', '-')}={text_of(v)}" for k, v in _light(name).items()]

@@ -277,3 +277,74 @@ def test_permutation_is_the_same_in_pieces(monkeypatch) -> None:
     pieces = stats.permutation(x)
     assert torch.equal(whole.p, pieces.p) and torch.equal(whole.adjusted, pieces.adjusted)
     assert float(stats.permutation([0.3]).p) == 1
+
+
+# ---- telling two sets apart
+
+
+def two_sets(n: int, m: int, shift: float, seed: int, ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, generator=draws).double() + shift, torch.randn(m, generator=draws).double()
+    return (x.round(), y.round()) if ties else (x, y)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_is_scipys_and_sklearns(ties) -> None:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    x, y = two_sets(23, 31, 0.7, 0, ties)
+    got, labels, scores = float(stats.auc(x, y).value), [1] * 23 + [0] * 31, torch.cat([x, y]).numpy()
+    assert got == pytest.approx(float(roc_auc_score(labels, scores)), abs=1e-12)
+    assert got == pytest.approx(scipy.stats.mannwhitneyu(x, y).statistic / (23 * 31), abs=1e-12)
+    assert float(stats.auc(y, x).value) == pytest.approx(1 - got, abs=1e-12)
+    assert float(stats.auc(-x, -y).value) == pytest.approx(1 - got, abs=1e-12)
+    curve, (far, tpr, _) = stats.roc(x, y), roc_curve(labels, scores, drop_intermediate=False)
+    np.testing.assert_allclose(curve.false_positive, far)
+    np.testing.assert_allclose(curve.true_positive, tpr)
+    assert float(torch.trapezoid(curve.true_positive, curve.false_positive)) == pytest.approx(got, abs=1e-12)
+    for rate in (0.0, 0.05, 0.1, 2 / 31, 0.5):
+        assert float(stats.tpr_at(x, y, rate).value) == pytest.approx(tpr[far <= rate + 1e-12].max())
+
+
+def test_auc_by_hand() -> None:
+    # of the six comparisons five are won and one is a tie
+    assert float(stats.auc([3.0, 1.0], [0.0, 1.0, 0.5]).value) == pytest.approx(5.5 / 6)
+    assert float(stats.auc([1.0, 1.0], [1.0, 1.0]).value) == 0.5
+    curve = stats.roc([3.0, 1.0], [0.0, 1.0])
+    assert curve.threshold.tolist() == [math.inf, 3, 1, 0]
+    assert curve.true_positive.tolist() == [0, 0.5, 1, 1] and curve.false_positive.tolist() == [0, 0, 0.5, 1]
+    assert float(stats.tpr_at([3.0, 1.0], [0.0, 1.0], 0.5).value) == 1 and float(stats.tpr_at([3.0, 1.0], [0.0, 1.0]).value) == 0.5
+    assert math.isnan(float(stats.auc([1.0], [0.0, 2.0]).low)) and float(stats.auc([1.0], [0.0, 2.0]).value) == 0.5
+    for bad in ([], [[1.0]], [math.nan]):
+        with pytest.raises(InputError, match="prompt"):
+            stats.auc(bad, [1.0])
+        with pytest.raises(InputError, match="prompt"):
+            stats.tpr_at([1.0], bad)
+    with pytest.raises(InputError, match="in .0, 1., but it is 1"):
+        stats.tpr_at([1.0], [0.0], 1.0)
+
+
+def test_intervals_of_auc_are_the_loop_over_resamples() -> None:
+    x, y = two_sets(17, 23, 0.8, 1, True)
+    got, found = stats.auc(x, y, seed=5, resamples=200), stats.tpr_at(x, y, 0.1, seed=5, resamples=200)
+    first, second = (torch.randint(n, (200, n), generator=torch.Generator().manual_seed(s)) for n, s in ((17, 5), (23, 6)))
+    pairs = [(x[a], y[b]) for a, b in zip(first, second, strict=True)]
+    slow = [float(stats.auc(a, b, resamples=1).value) for a, b in pairs]
+    np.testing.assert_allclose([got.low, got.high], np.quantile(slow, [0.025, 0.975]))
+    slow = [float(stats.tpr_at(a, b, 0.1, resamples=1).value) for a, b in pairs]
+    np.testing.assert_allclose([found.low, found.high], np.quantile(slow, [0.025, 0.975]))
+
+
+def test_intervals_of_auc_cover_also_where_sets_do_not_overlap() -> None:
+    for shift, n, m in ((0.0, 20, 30), (1.0, 24, 24), (3.5, 24, 16)):
+        truth = float(torch.special.ndtr(torch.tensor(shift / 2**0.5)))
+        ends = [stats.auc(*two_sets(n, m, shift, seed, False), resamples=300) for seed in range(300)]
+        covered = sum(bool(e.low - 1e-9 <= truth <= e.high + 1e-9) for e in ends) / len(ends)
+        assert covered > 0.9, (shift, covered)
+    apart = stats.auc(torch.arange(24) + 100, torch.arange(24))
+    assert float(apart.value) == float(apart.high) == 1 and 0.85 < float(apart.low) < 0.95
+    wide = stats.auc(torch.arange(3) + 100, torch.arange(3))
+    assert float(wide.low) < 0.7
+    other = stats.auc(torch.arange(24), torch.arange(24) + 100)
+    assert float(other.low) == 0 and float(other.high) == pytest.approx(1 - float(apart.low))
+    assert float(stats.tpr_at([2.0] * 24, [1.0] * 24).low) == pytest.approx(stats.wilson(24, 24)[0])

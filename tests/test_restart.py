@@ -14,12 +14,16 @@ from test_sweeps import WORLD
 from tiny_checkpoints import FOUR, tiny
 from torch import Tensor, nn
 
+from interp.metrics import Metric
 from interp.models import HookedModel
 from interp.models.interventions import Part
-from interp.models.restart import Restart, keep, logits_of
+from interp.models.restart import Restart, Stretch, keep, logits_of, projections
 from interp.prompts import Prompts
 from interp.sites import PER_HEAD, Site
+from interp.sweeps import run
 from interp.sweeps.patches import Patch, settings
+from interp.sweeps.plain import cell as plain_cell
+from interp.sweeps.plain import cells as plain_cells
 from interp.sweeps.waves import Cells, tables, wave
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post", "z", "q", "k", "v", "pattern", "groups")
@@ -150,6 +154,80 @@ CASES = [(kind, component) for kind in FOUR for component in KINDS if (kind, com
 def test_a_sample_against_plain_hooks(kind: str, component: str) -> None:
     assert compare(kind, component, torch.float64, 5) >= 25
     assert compare(kind, component, torch.float32, 3) >= 15
+
+
+MIXED = [
+    (Site.parse(text),)
+    for text in (
+        *("L0H1.z@S", "L0.mlp_out@END", "L0H2.z@END", "L0.k", "L1.resid_pre@S", "L1H0.v", "L1H3.q@S", "L1H2.z@S", "L2.resid_pre@S"),
+        *("L2H1.v@S", "L2H0.z@END"),
+    )
+]
+MIXED += [(Site.parse("L0H1.z@1"), Site.parse("L1.resid_pre@END")), (Site.parse("L0H1.z@S"), Site.parse("L2H1.v@END"))]
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_rows_of_all_kinds_in_one_wave_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All together, and two by two: those that enter as kept behind their first position next to those that do not."""
+    model = hooked(kind, torch.float64)
+    together = restarted(model, INTO, WORLD["same"], list(MIXED), "END", together=1000)
+    monkeypatch.setattr(Restart, "_at_once", lambda self, positions: 2)
+    few = restarted(model, INTO, WORLD["same"], list(MIXED), "END", together=1000)
+    for (i, row), logits in together.items():
+        want = by_the_book(kind, torch.float64, INTO, WORLD["same"], MIXED[i], row, "END")
+        torch.testing.assert_close(logits, want, atol=1e-12, rtol=0)
+        torch.testing.assert_close(few[i, row], want, atol=1e-12, rtol=0)
+    assert len(together) == len(few) >= 40
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_q_k_and_v_are_made_only_where_the_stream_has_changed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head at one position: nothing in its own block, one token in the next, all behind it in the one after that."""
+    model = hooked(kind, torch.float32)
+    modules = [projections(model.wrapped, layer) for layer in range(3)]
+    assert all(list(m) == ["q", "k", "v"] for m in modules)
+    batch, made, called = INTO.batch(), dict[tuple[int, str], list[int]](), list[int]()
+    own = modules[1]["k"].forward  # somebody's own forward on a module stays in force, and in place
+    monkeypatch.setitem(modules[1]["k"].__dict__, "forward", lambda x: (called.append(len(x)), own(x))[1])
+    found = settings(model, Part.of(batch), [(Site("z", 0, 1, 1),)], (model, WORLD["same"].batch()))
+    cells = Cells.of(found, batch.index("END"), 3)
+    (at,) = [i for i in range(len(cells)) if int(cells.prompt[i]) == 0]
+    go = Restart(model.wrapped, keep(model, batch))
+    names = {id(module.weight): (layer, name) for layer, m in enumerate(modules) for name, module in m.items()}
+    real = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) in names:
+            made.setdefault(names[id(weight)], []).append(x[..., 0].numel())
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    called.clear()
+    go(wave(cells, at, at + 1, tables(found, 3)))
+    # The last block makes k and v of tokens 1 to 5, then everything of the last token.
+    assert made == {(1, c): [1] for c in "qkv"} | {(2, c): [5, 1] for c in "qkv"} and called == [1]
+    stretch = Stretch(wave(cells, at, at + 1, []), 1, 1, 7, range(1), 1)
+    with pytest.raises(KeyError), go._projecting(stretch, range(1)):
+        assert all("forward" in m.__dict__ for m in modules[1].values())
+        raise KeyError
+    assert ["forward" in m.__dict__ for m in modules[1].values()] == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_checked_cells_are_rows_of_one_run(kind: str) -> None:
+    """Each with a patch of its own, as if it were alone."""
+    model, clean = hooked(kind, torch.float64), INTO.batch()
+    reader = Metric.parse("logit_diff").reader(INTO)
+    patches = [*MIXED, (Site.parse("L1.pattern@0"),), (Site.parse("L1H2.pattern"),)]
+    patches += [] if model.shape.parallel else [(Site.parse("L1.resid_mid@S"), Site.parse("L1.resid_mid@END"))]
+    found = settings(model, Part.of(clean), list(patches), (model, WORLD["same"].batch()))
+    chosen = [(patch, (3 * i) % 5) for i, patch in enumerate(found)]
+    got = plain_cells(model, clean, chosen, reader)
+    alone = [plain_cell(model, clean, patch, reader, [row]) for patch, row in chosen]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(alone), atol=2e-7, rtol=0)  # metrics are read in fp32
+    base = run(model, clean, reader)
+    assert sum(abs(value - float(base[row])) > 1e-4 for (value, _), (_, row) in zip(got, chosen, strict=True)) >= len(chosen) - 3
+    assert all(not point.fwd_hooks for point in model.wrapped.bridge.hook_dict.values())
 
 
 @pytest.mark.full

@@ -23,6 +23,7 @@ ANALYSES = (
     "edge_attribution",
     "tuco",
     "tuco_components",
+    "tuco_detection",
 )
 
 

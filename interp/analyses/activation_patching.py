@@ -18,7 +18,7 @@ from interp.prompts import PromptPairs
 from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Site
 from interp.spelling import spelled
-from interp.stats import Estimate, Permutation, changed, permutation, recovered, standard_error
+from interp.stats import Estimate, Permutation, changed, permutation, plus_minus, recovered, standard_error
 from interp.sweeps import Swept, check, run, sweep
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class ActivationPatchingResult(Result):
         """The cell with the largest (change of) recovered, and how far clean and corrupt are apart."""
         apart = "; ".join(
             f"{self.metric} {float(self.clean[i].mean()):.3g} clean and {float(self.corrupt[i].mean()):.3g} corrupt in {side}, difference "
-            + _mean(self.clean[i] - self.corrupt[i])
+            + plus_minus(self.clean[i] - self.corrupt[i])
             + ("" if self.resolved[i] else ", too close to normalise")
             for i, side in enumerate(self.sides)
         )
@@ -169,16 +169,16 @@ class ActivationPatchingResult(Result):
         if len(told) == 2:
             change = self.change(component)
             cell = _largest(change.value)
-            both = " and ".join(f"{_cell(self.recovered(component, s), cell)} in {s}" for s in reversed(self.sides))
-            return f"{_at(self.sites(component), cell)} changed the most: {_cell(change, cell)}; it recovers {both} {tail}"
+            both = " and ".join(f"{self.recovered(component, s).at(*cell)} in {s}" for s in reversed(self.sides))
+            return f"{_at(self.sites(component), cell)} changed the most: {change.at(*cell)}; it recovers {both} {tail}"
         share = self.recovered(component, told[0])
         where = f" in {told[0]}" if len(self.sides) > 1 else ""
         if component in RESIDUAL:  # the last cell of the stream always recovers everything: say where it gets there
             half = (share.value[:, -1] >= 0.5).nonzero()
             cell = (int(half[0]) if len(half) else share.value.shape[0] - 1, share.value.shape[1] - 1)
-            return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the first layer there with half {tail}"
+            return f"{_at(self.sites(component), cell)} recovers {share.at(*cell)}{where}, the first layer there with half {tail}"
         cell = _largest(share.value)
-        return f"{_at(self.sites(component), cell)} recovers {_cell(share, cell)}{where}, the most of all {component} {tail}"
+        return f"{_at(self.sites(component), cell)} recovers {share.at(*cell)}{where}, the most of all {component} {tail}"
 
     @property
     def exactness(self) -> str:
@@ -362,11 +362,11 @@ def activation_patching(
     check(
         [Site(c, 0, position=p) for c in sites for p in ([heads_at if heads_at != "all" else None] if c in HEADS else names)], into, source
     )
-    ends = [_ends(m, prompts, clean, corrupt, judge, sites) for _, m in _sides(model)]
-    _refuse_if_alike(ends, judge, [side for side, _ in _sides(model)])
+    ends = [_ends(m, prompts, clean, corrupt, judge, sites) for _, m in model.sides()]
+    _refuse_if_alike(ends, judge, [side for side, _ in model.sides()])
     patched: dict[str, list[Tensor]] = {c: [] for c in sites}
     swept: list[Swept] = []
-    for side, m in _sides(model):
+    for side, m in model.sides():
         reference = m.logits(clean, at=judge.position).cpu() if judge.needs_reference else None
         cells = {c: _patches(m, c, names, heads_at) for c in sites}
         flat = [site for rows in cells.values() for row in rows for site in row]
@@ -390,13 +390,9 @@ def activation_patching(
         metric=str(judge),
         unit=judge.unit or str(judge),
         draw_seed=seed,
-        notes=tuple(note if alone else f"{side}: {note}" for (side, _), s in zip(_sides(model), swept, strict=True) for note in s.notes),
-        labels={"side": tuple(side for side, _ in _sides(model))},
+        notes=tuple(note if alone else f"{side}: {note}" for (side, _), s in zip(model.sides(), swept, strict=True) for note in s.notes),
+        labels={"side": tuple(side for side, _ in model.sides())},
     )
-
-
-def _sides(model: Any) -> list[tuple[str, HookedModel]] | Iterator[tuple[str, HookedModel]]:
-    return model.sides() if hasattr(model, "sides") else [("model", model)]
 
 
 def _batches(model: HookedModel | ModelPair, prompts: PromptPairs) -> tuple[Batch, Batch]:
@@ -445,7 +441,7 @@ def _ends(
 def _refuse_if_alike(ends: Sequence[tuple[Tensor, Tensor]], judge: Metric, sides: Sequence[str]) -> None:
     """Refuse when in no model clean and corrupt differ: no patch could then be judged. A single pair has no error to judge by."""
     if not any(recovered(c, c, k).refused is None or (len(c) == 1 and bool(c != k)) for c, k in ends):
-        gaps = ", ".join(f"{_mean(clean - corrupt)} in {side}" for (clean, corrupt), side in zip(ends, sides, strict=True))
+        gaps = ", ".join(f"{plus_minus(clean - corrupt)} in {side}" for (clean, corrupt), side in zip(ends, sides, strict=True))
         raise InputError(f"{judge} does not differ between clean and corrupt prompts ({gaps}), so there is nothing to recover")
 
 
@@ -466,12 +462,3 @@ def _largest(values: Tensor) -> tuple[int, int]:
 
 def _at(sites: list[list[Site]], cell: tuple[int, int]) -> str:
     return str(sites[cell[0]][cell[1]])
-
-
-def _cell(share: Estimate, cell: tuple[int, int]) -> str:
-    return f"{float(share.value[cell]):.2f} [{float(share.low[cell]):.2f}, {float(share.high[cell]):.2f}]"
-
-
-def _mean(values: Tensor) -> str:
-    error = f" +- {float(standard_error(values)):.2g}" if len(values) > 1 else ""
-    return f"{float(values.mean()):.3g}{error}"

@@ -18,7 +18,7 @@ from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Heads, Site
 from interp.spelling import spelled
-from interp.stats import Estimate, permutation, recovered, standard_error
+from interp.stats import Estimate, permutation, plus_minus, recovered, standard_error
 from interp.sweeps import Patch, check, run, sweep
 from interp.sweeps.groups import HEADS, STREAM, groups_of, head_sites, random_heads, written
 
@@ -133,7 +133,7 @@ class CrossPatchingResult(Result):
         """The cell that carries most, its control, and how far the two models are apart."""
         share, i = self.recovered, self._first()
         if not self.resolved:
-            main, draws = f"changes {self.metric} by {_mean(self.effect[i])}", (self.control[i] - self.start).mean(-1)
+            main, draws = f"changes {self.metric} by {plus_minus(self.effect[i])}", (self.control[i] - self.start).mean(-1)
         else:
             main, draws = (
                 f"recovers {float(share.value[i]):.2f} [{float(share.low[i]):.2f}, {float(share.high[i]):.2f}]",
@@ -147,7 +147,7 @@ class CrossPatchingResult(Result):
         return f"{self.cells[i]} {', '.join(told)} ({self.convention}; n = {len(self.start)} prompts; {self._apart()}; {self.exactness})"
 
     def _apart(self) -> str:
-        gap = f"difference {_mean(self.goal - self.start)}" + ("" if self.resolved else ", too close to normalise")
+        gap = f"difference {plus_minus(self.goal - self.start)}" + ("" if self.resolved else ", too close to normalise")
         return f"{self.metric} {float(self.start.mean()):.3g} in {self.receiver} and {float(self.goal.mean()):.3g} in {self.sender}, {gap}"
 
     @property
@@ -421,11 +421,6 @@ def _control(values: Tensor, draws: Sequence[int]) -> Tensor:
         found[i, :many] = values[at : at + many]
         at += many
     return found
-
-
-def _mean(values: Tensor) -> str:
-    error = f" +- {float(standard_error(values)):.2g}" if len(values) > 1 else ""
-    return f"{float(values.double().mean()):.3g}{error}"
 
 
 def _spread(draws: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -363,11 +363,11 @@ def edge_attribution(
     met = Meeting.of(clean, corrupt)
     names = place_names(clean, met) if per_position else ("all",)
     if method == "exact":  # it takes long
-        _refuse_if_alike({side: _ends(m, clean, corrupt, _reader(judge, prompts, m, clean)) for side, m in _sides(model)}, judge)
+        _refuse_if_alike({side: _ends(m, clean, corrupt, _reader(judge, prompts, m, clean)) for side, m in model.sides()}, judge)
     ends: dict[str, Tensor] = {}
     found: list[Tensor] = []
     floors: list[float] = []
-    for side, m in _sides(model):
+    for side, m in model.sides():
         reader, of = _reader(judge, prompts, m, clean), "" if side == "model" else f", {side}"
         ends[side], scores = edge_scores(
             m, clean, corrupt, met, reader, method=method, steps=steps, names=names, desc=f"edges, batches{of}"
@@ -401,10 +401,6 @@ def edge_attribution(
             "position": tuple(map(str, names)),
         },
     )
-
-
-def _sides(model: Any) -> list[tuple[str, HookedModel]] | Iterator[tuple[str, HookedModel]]:
-    return model.sides() if hasattr(model, "sides") else [("model", model)]
 
 
 def _reader(judge: Metric, prompts: PromptPairs, m: HookedModel, clean: Batch) -> Reader:

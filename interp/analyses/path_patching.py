@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from interp.metrics import Metric
 from interp.prompts import PromptPairs
 from interp.results import Result, analysis
 from interp.sites import Heads, Site
-from interp.stats import Estimate, Permutation, changed, permutation, recovered, standard_error
+from interp.stats import Estimate, Permutation, changed, permutation, plus_minus, recovered, standard_error
 from interp.sweeps import check, run
 from interp.sweeps.ends import End, receivers, senders
 from interp.sweeps.paths import WAYS, Paths, path_sweep
@@ -144,13 +145,15 @@ class PathPatchingResult(Result):
         """The path with the largest (change of) recovered, and how far clean and corrupt are apart."""
         apart = "; ".join(
             f"{self.metric} {float(self.clean[i].mean()):.3g} clean and {float(self.corrupt[i].mean()):.3g} corrupt in {side}, difference "
-            + _mean(self.clean[i] - self.corrupt[i])
+            + plus_minus(self.clean[i] - self.corrupt[i])
             + ("" if self.resolved[i] else ", too close to normalise")
             for i, side in enumerate(self.sides)
         )
         held = f"{_WHAT[self.direction]}, {'attention and MLPs' if self.freeze_mlps else 'attention'} held"
         told = f"{self.direction}: {held}; n = {self.clean.shape[1]} prompt pairs; {apart}; {self.exactness}"
         tail = f"{int(self.reaches.sum())} paths that reach a receiver, of {self.reaches.numel()} ({told})"
+        if not bool(self.reaches.any()):
+            return f"No sender reaches a receiver, so nothing changes at all: 0 of {self.metric}; 0 {tail}"
         told = [side for i, side in enumerate(self.sides) if self.resolved[i]]
         if not told:
             effect = self.effect()
@@ -160,12 +163,12 @@ class PathPatchingResult(Result):
         if len(told) == 2:
             change = self._change()
             cell = _largest(change.value)
-            both = " and ".join(f"{_cell(self.recovered(s), cell)} in {s}" for s in reversed(self.sides))
-            return f"{self._path(cell)} changed the most: {_cell(change, cell)}; it carries {both}; {tail}"
+            both = " and ".join(f"{self.recovered(s).at(*cell)} in {s}" for s in reversed(self.sides))
+            return f"{self._path(cell)} changed the most: {change.at(*cell)}; it carries {both}; {tail}"
         share = self.recovered(told[0])
         cell = _largest(share.value)
         where = f" in {told[0]}" if len(self.sides) > 1 else ""
-        return f"{self._path(cell)} carries {_cell(share, cell)} of the difference{where}, the most of {tail}"
+        return f"{self._path(cell)} carries {share.at(*cell)} of the difference{where}, the most of {tail}"
 
     @property
     def exactness(self) -> str:
@@ -365,7 +368,7 @@ def path_patching(
     into, source = (clean, corrupt) if direction == "noise" else (corrupt, clean)
     found: list[Paths] = []
     sent, read = list[End](), list[End]()
-    for side, m in _sides(model):
+    for side, m in model.sides():
         sent, read = senders(sender, m), receivers(receiver, m, judge.position, separately)
         check([s for end in sent for s in end.sites], into, source)
         check([s for end in read for s in end.sites], into)
@@ -375,9 +378,12 @@ def path_patching(
         ends = [end.sites for end in sent], [end.sites for end in read]
         found.append(path_sweep(m, into, source, *ends, reader, freeze_mlps=freeze_mlps, seed=seed, desc=f"paths, {side}"))
     _refuse_if_alike([(paths.start, paths.goal) for paths in found], judge)
-    names = tuple(side for side, _ in _sides(model))
+    names = tuple(side for side, _ in model.sides())
     starts, goals = torch.stack([p.start for p in found]), torch.stack([p.goal for p in found])
     notes = [note if len(found) == 1 else f"{side}: {note}" for side, p in zip(names, found, strict=True) for note in p.notes]
+    unreached = _unreached(found[0].blocked, sent)
+    if bool((found[0].blocked != 0).all()):
+        warnings.warn(f"no sender reaches a receiver: {'; '.join(unreached)}", stacklevel=2)
     return PathPatchingResult(
         clean=starts if direction == "noise" else goals,
         corrupt=goals if direction == "noise" else starts,
@@ -391,19 +397,15 @@ def path_patching(
         metric=str(judge),
         unit=judge.unit or str(judge),
         draw_seed=seed,
-        notes=(*_unreached(found[0].blocked, sent), *notes),
+        notes=(*unreached, *notes),
         labels={"side": names, "sender": tuple(end.name for end in sent), "receiver": tuple(end.name for end in read)},
     )
-
-
-def _sides(model: Any) -> list[tuple[str, HookedModel]] | Iterator[tuple[str, HookedModel]]:
-    return model.sides() if hasattr(model, "sides") else [("model", model)]
 
 
 def _refuse_if_alike(ends: Sequence[tuple[Tensor, Tensor]], judge: Metric) -> None:
     """Refuse when in no model the two runs differ: no path could then be judged. A single pair has no error to judge by."""
     if not any(recovered(a, a, b).refused is None or (len(a) == 1 and bool(a != b)) for a, b in ends):
-        gaps = ", ".join(_mean(a - b) for a, b in ends)
+        gaps = ", ".join(plus_minus(a - b) for a, b in ends)
         raise InputError(f"{judge} does not differ between clean and corrupt prompts ({gaps}), so there is nothing to recover")
 
 
@@ -422,12 +424,3 @@ def _unreached(blocked: Tensor, sent: Sequence[End]) -> list[str]:
 def _largest(values: Tensor) -> tuple[int, int]:
     i, j = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
     return i, j
-
-
-def _cell(share: Estimate, cell: tuple[int, int]) -> str:
-    return f"{float(share.value[cell]):.2f} [{float(share.low[cell]):.2f}, {float(share.high[cell]):.2f}]"
-
-
-def _mean(values: Tensor) -> str:
-    error = f" +- {float(standard_error(values)):.2g}" if len(values) > 1 else ""
-    return f"{float(values.mean()):.3g}{error}"

@@ -182,12 +182,15 @@ def _add_input(group: argparse._ArgumentGroup, parameter: Parameter, of: Signatu
     if parameter.names & set(PROMPTS):
         kinds = "clean/corrupt pairs" if "Prompts" not in parameter.names else "prompts"
         group.add_argument(flag, metavar="FILE", dest=f"input_{parameter.name}", help=f"{kinds} as JSONL, or a task")
-        if not of.of_kind("Task") and parameter is of.of_kind(*PROMPTS)[0]:
+        if of.of_kind("Task"):
+            return
+        if parameter.name == "prompts":
             group.add_argument(
                 "--task", metavar="TASK", dest="prompts_task", help=f"instead of {flag}: prompts of this task, as ioi or 'boxes(n_boxes=3)'"
             )
-            group.add_argument("--prompts-n", type=_count, metavar="N", help="how many prompts")
-            group.add_argument("--prompts-seed", type=_whole, default=0, metavar="SEED", help="seed of the task's prompts (default 0)")
+        group.add_argument(f"{flag}-n", type=_count, metavar="N", dest=f"n_{parameter.name}", help="how many prompts")
+        seed = "seed of the task's prompts (default 0)"
+        group.add_argument(f"{flag}-seed", type=_whole, default=0, metavar="SEED", dest=f"seed_{parameter.name}", help=seed)
     elif "Task" in parameter.names:
         group.add_argument(flag, metavar="TASK", dest=f"input_{parameter.name}", help="a task, as ioi or 'boxes(n_boxes=3)'")
     else:

@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
 def _stamped(result: Result, of: Signature, args: argparse.Namespace) -> Result:
     """The result with what was written for its inputs."""
     models = {side: text for side in SIDES if (text := getattr(args, side, None)) is not None}
-    files = [text for p in of.of_kind(*PROMPTS) if (text := getattr(args, f"input_{p.name}")) is not None]
-    n, adapter = getattr(args, "prompts_n", None), getattr(args, "adapter", None)
-    return stamp(result, loading(args), models, adapter=adapter, prompts=files[0] if files else "", n=n)
+    files = {p.name: text for p in of.of_kind(*PROMPTS) if (text := getattr(args, f"input_{p.name}")) is not None}
+    counts = {p.name: getattr(args, f"n_{p.name}", None) for p in of.of_kind(*PROMPTS)}
+    return stamp(result, loading(args), models, adapter=getattr(args, "adapter", None), prompts=files, n=counts)
 
 
 def _settings(of: Signature, args: argparse.Namespace) -> dict[str, object]:
@@ -119,19 +119,20 @@ def _written_models(parameter: Parameter, args: argparse.Namespace) -> tuple[str
 
 def _written_prompts(parameter: Parameter, args: argparse.Namespace) -> str:
     file: str | None = getattr(args, f"input_{parameter.name}")
-    name: str | None = getattr(args, "prompts_task", None)
+    name: str | None = getattr(args, "prompts_task", None) if parameter.name == "prompts" else None
     flag = f"--{parameter.name.replace('_', '-')}"
     if file is not None and name is not None:
         raise InputError(f"{flag} and --task both say which prompts; give one of them")
     if (written := file or name) is None:
-        raise InputError(f"{args.analysis} needs {flag} FILE or --task TASK")
+        raise InputError(f"{args.analysis} needs {flag} FILE or {'--task' if parameter.name == 'prompts' else flag} TASK")
     return written
 
 
 def _prompts(parameter: Parameter, args: argparse.Namespace, session: Session, model: Any) -> Any:
     """Prompts of the kind the analysis takes."""
     written = _written_prompts(parameter, args)
-    found = session.prompts(written, model, args.prompts_n, args.prompts_seed)
+    n, seed = getattr(args, f"n_{parameter.name}", None), getattr(args, f"seed_{parameter.name}", 0)
+    found = session.prompts(written, model, n, seed)
     if "PromptPairs" not in parameter.names:
         return getattr(found, "clean", found)
     if "Prompts" not in parameter.names and not hasattr(found, "corrupt"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,10 @@ class HookedModel(Editing):
             self._wrapped = Wrapped(self._wrapped.source)
             assert_faithful(self)
         return self._wrapped
+
+    def sides(self) -> Iterator[tuple[str, HookedModel]]:
+        """The model alone; of a pair, both."""
+        yield "model", self
 
     @property
     def loaded(self) -> bool:

@@ -104,6 +104,11 @@ class Wave:
         """What the rows are sorted by, [row]."""
         return 2 * self.layer + self.alone
 
+    def enters(self, layer: int, rows: range) -> bool:
+        """Whether something is set in some rows that other positions see within the block."""
+        before = [w.rows for w in self.writes if w.layer == layer and w.component in BEFORE]
+        return any(bool(((x >= rows.start) & (x < rows.stop)).any()) for x in before if rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
@@ -270,7 +275,7 @@ class Restart:
             if here:
                 rows = range(here)
                 # What was alone in the block before has changed at one position only when it enters this one.
-                as_kept = range(0) if any(w.layer == layer and w.component in BEFORE for w in wave.writes) else lone
+                as_kept = range(0) if wave.enters(layer, lone) else lone
                 if layer < last:
                     stream = self._block(Stretch(wave, layer, start, end + 1, as_kept, 1), stream, rows)
                 else:
@@ -319,7 +324,7 @@ class Restart:
         if start == end:
             return self._block(Stretch(wave, layer, end, end + 1), stream, rows)
         past = self._past(Stretch(wave, layer, start, end + 1), rows)
-        for some, stop in ((rows[: as_kept.start], end), (as_kept, start + 1), (rows[as_kept.stop :], end)):
+        for some, stop in ((rows[: as_kept.start], end), (as_kept, start + 1), (rows[as_kept.stop :], start + 1)):
             if some:
                 part = slice(some.start, some.stop)
                 self._keys(Stretch(wave, layer, start, stop), stream[part, : stop - start], some, past[part])

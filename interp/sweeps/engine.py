@@ -17,7 +17,7 @@ from interp.models.restart import Restart, keep, logits_of, means, prompts_at_on
 from interp.progress import progress, unfinished
 from interp.sites import Site
 from interp.sweeps.patches import Patch, Setting, Source, check, settings, sites_of
-from interp.sweeps.plain import cell, floor, patched, run
+from interp.sweeps.plain import baseline, cell, cells, patched
 from interp.sweeps.saved import Progress, identity_of, progress_of
 from interp.sweeps.waves import Cells, tables, wave
 
@@ -99,7 +99,7 @@ def sweep(
     """
     todo = sites_of(patches)
     check([s for p in todo for s in p], batch, source[1] if isinstance(source, tuple) else None)
-    base, noise, can = run(model, batch, reader), floor(model, batch, reader), means(model)
+    (base, noise), can = baseline(model, batch, reader), means(model)
     identity = [] if folder is None and unfinished() is None else [*identity_of(model, batch, todo, source, reader), seed]
     state = progress_of(base.expand(len(todo), -1).clone(), folder, identity)
     state.why = state.why or can.obstacle
@@ -109,7 +109,7 @@ def sweep(
     if embeds and not state.why:
         notes.append(f"{len(embeds)} of {len(todo)} patches took the plain way: they set the embedding")
 
-    def cells() -> Iterator[None]:
+    def computed() -> Iterator[None]:
         nonlocal noise, checked
         for rows in _portions(model, batch, todo):
             part = Part.of(batch, rows)
@@ -131,7 +131,7 @@ def sweep(
             if state.why:
                 yield from _plainly(job, state, range(len(todo)))
 
-    for _ in progress(cells(), desc, total=len(todo) * len(batch), unit="cell"):
+    for _ in progress(computed(), desc, total=len(todo) * len(batch), unit="cell"):
         pass
     state.finish()
     if state.why:
@@ -197,10 +197,12 @@ def _compared(job: Job, state: Progress, seed: int) -> list[tuple[int, int, floa
     """Patch and prompt of some cells, drawn from all in which something changes; their values here, the plain way, and its rounding."""
     changes = torch.stack([torch.stack([s.differs.any(1) for s in p]).any(0) for p in job.patches]).nonzero().tolist()
     draws = torch.randperm(len(changes), generator=torch.Generator().manual_seed(seed))[:CHECKED].tolist()
-    return [
-        (patch, prompt, float(state.values[patch, job.part.rows[prompt]]), *_plain_cell(job, patch, [prompt]))
-        for patch, prompt in (changes[i] for i in draws)
-    ]
+    if not draws:
+        return []
+    chosen = [changes[i] for i in draws]
+    want = cells(job.model, job.part.batch, [(job.patches[patch], prompt) for patch, prompt in chosen], job.reader)
+    got = [float(state.values[patch, job.part.rows[prompt]]) for patch, prompt in chosen]
+    return [(patch, prompt, value, *plainly) for (patch, prompt), value, plainly in zip(chosen, got, want, strict=True)]
 
 
 def _plain_cell(job: Job, patch: int, prompts: Sequence[int]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.metrics import Reader
-from interp.models.interventions import Part
+from interp.models.interventions import Change, Entry, Hooks, Ledger, Part, Write
 from interp.progress import progress
 from interp.sites import Site
 from interp.sweeps.patches import Patch, Setting, Source, as_captured, check, of_prompts, settings, sites_of
@@ -39,10 +39,7 @@ def cell(model: HookedModel, batch: Batch, patch: Sequence[Setting], reader: Rea
     some = batch.select(rows)
     settings = [of_prompts(s, rows, some.ids.shape[1]) for s in patch]
     with model.patched({s.site: as_captured(s.values, s.site) for s in settings}):
-        logits = model.logits(some, at=reader.position)[:1]
-    first = reader[rows[:1]]
-    value = first(logits)
-    return float(value[0]), float((first(last_place(logits)) - value).abs()[0])
+        return _judged(model.logits(some, at=reader.position)[:1], reader[rows[:1]])
 
 
 def last_place(logits: Tensor) -> Tensor:
@@ -51,6 +48,53 @@ def last_place(logits: Tensor) -> Tensor:
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
     draws = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device) * 2 - 1
     return logits.float() + eps * float(logits.abs().max()) * draws
+
+
+def cells(model: HookedModel, batch: Batch, chosen: Sequence[tuple[Sequence[Setting], int]], reader: Reader) -> list[tuple[float, float]]:
+    """What ``cell`` gives for some patches of single prompts, as rows of one run: every row has a patch of its own.
+
+    Args:
+        model: the model.
+        batch: prompts.
+        chosen: a patch, and the prompt it is for.
+        reader: the metric.
+    """
+    rows = [row for _, row in chosen]
+    some, ledger, found = batch.select(rows), Ledger(), dict[int, tuple[float, float]]()
+
+    def run(part: Part) -> Tensor:
+        def prepare(hooks: Hooks) -> None:
+            for at, i in enumerate(part.rows.tolist()):
+                for setting in (of_prompts(s, [rows[i]], part.batch.ids.shape[1]) for s in chosen[i][0]):
+                    ledger.entries.append(Entry(setting.site))
+                    change = _in_row(at, as_captured(setting.values, setting.site))
+                    hooks.act(Write(setting.site, change, "all", ledger.entries[-1]))
+
+        where, inverse = part.batch.index(reader.position).unique(return_inverse=True)
+        with torch.no_grad():
+            return model.forward(part, prepare, keep=where).logits[torch.arange(len(inverse)), inverse]
+
+    for part, logits in model.each(some, model._bytes_per_token(), run):
+        found |= {i: _judged(own, reader[[rows[i]]]) for i, own in zip(part.rows.tolist(), logits.split(1), strict=True)}
+    ledger.check()
+    return [found[i] for i in range(len(rows))]
+
+
+def _judged(logits: Tensor, reader: Reader) -> tuple[float, float]:
+    """The metric of one prompt, and how the last place of its logits moves it."""
+    value = reader(logits)
+    return float(value[0]), float((reader(last_place(logits)) - value).abs()[0])
+
+
+def _in_row(row: int, value: Tensor) -> Change:
+    """Sets an activation in one row."""
+
+    def change(x: Tensor, part: Part) -> Tensor:
+        x = x.clone()
+        x[row] = value[0].to(x)
+        return x
+
+    return change
 
 
 def plain(
@@ -72,9 +116,14 @@ def plain(
 
 
 def floor(model: HookedModel, batch: Batch, reader: Reader) -> float:
-    """What rounding alone does to the metric.
+    """What rounding alone does to the metric; see ``baseline``."""
+    return baseline(model, batch, reader)[1]
 
-    Its largest change when the same prompts run in batches of another size, or when every logit moves at random by up to one
+
+def baseline(model: HookedModel, batch: Batch, reader: Reader) -> tuple[Float[Tensor, " prompt"], float]:
+    """The metric of a run without a patch, and what rounding alone does to it.
+
+    That is its largest change when the same prompts run in batches of another size, or when every logit moves at random by up to one
     unit in the last place of the largest.
     """
     logits = model.logits(batch, at=reader.position)
@@ -84,4 +133,4 @@ def floor(model: HookedModel, batch: Batch, reader: Reader) -> float:
     for part in [rows[::2], rows[1::2]] if len(rows) > 1 else [[0, 0]]:
         part = list(part)
         worst = max(worst, float((run(model, batch.select(part), reader[part]) - whole[part]).abs().max()))
-    return worst
+    return whole, worst
