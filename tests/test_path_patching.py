@@ -593,3 +593,22 @@ def test_many_random_paths(kind: str, receiver: str) -> None:
     torch.testing.assert_close(got.values, difference(logits), atol=8 * EPS * float(logits.abs().max()), rtol=0)
     assert torch.equal(got.values[got.blocked != 0], got.start.expand_as(got.values)[got.blocked != 0])
     assert ((got.values - got.start).abs().amax(-1)[got.blocked == 0] > 0).float().mean() > 0.8
+
+
+def test_a_longer_partner_leaves_receivers_without_a_position_alone(hf: Any, model: HookedModel) -> None:
+    senders, receivers = [(Site("z", 0, 1, "S"),)], [(Site("v", 1, 1),), (Site("q", 2, 1),), (Site("resid_mid", 1),)]
+    batches = WORLD["clean"].batch(), WORLD["other"].batch()
+    assert batches[1].ids.shape[1] > batches[0].ids.shape[1]
+    got = path_sweep(model, *batches, senders, receivers, DIFF)
+    rows = literal(hf, WORLD["clean"], WORLD["other"], senders, receivers)
+    want = torch.stack([DIFF(logits) for logits in rows.flatten(0, 1)]).reshape(got.values.shape)
+    torch.testing.assert_close(got.values, want, atol=16 * EPS * float(rows.abs().max()), rtol=0)
+    assert (got.values != got.start).any() and got.notes == ()
+
+
+def test_half_precision_rides_the_chain_too() -> None:
+    exact, half = (HookedModel.load(sharp("llama").to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    senders, receivers = [(Site("z", 0, 1, "S"),), (Site("mlp_out", 1, position="END"),)], [(Site("resid_post", 2, position="END"),)]
+    want, got = (path_sweep(m, WORLD["clean"].batch(), WORLD["other"].batch(), senders, receivers, DIFF) for m in (exact, half))
+    assert got.notes == () and got.checked > 0 and got.deviation <= 4 * got.floor
+    torch.testing.assert_close(got.values, want.values, atol=0.05, rtol=0)

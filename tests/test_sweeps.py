@@ -515,3 +515,13 @@ def test_the_floor_is_rounding_only(model: HookedModel) -> None:
     batch = WORLD["clean"].batch()
     assert 0 < floor(model, batch, DIFF) < 1e-5
     assert 0 < floor(model, batch[:1], DIFF[:1]) < 1e-5
+
+
+def test_a_metric_read_before_every_patch_is_told(llama: HookedModel) -> None:
+    early = Metric.parse("logit_diff@0").reader(WORLD["clean"])
+    got = sweep(
+        llama, WORLD["clean"].batch(), [Site.parse("L0.resid_pre@END"), Site.parse("L1H1.z@END")], (llama, WORLD["other"].batch()), early
+    )
+    assert torch.equal(got.values, got.baseline.expand_as(got.values))
+    assert got.notes == ("2 of 2 patches are behind the position that the metric reads, so they change exactly nothing",)
+    assert not from_other(llama, [Site.parse("L0.resid_pre@S")]).notes

@@ -24,6 +24,7 @@ ANALYSES = (
     "tuco",
     "tuco_components",
     "tuco_detection",
+    "tuco_scaling",
 )
 
 

@@ -175,8 +175,9 @@ class ActivationPatchingResult(Result):
         where = f" in {told[0]}" if len(self.sides) > 1 else ""
         if component in RESIDUAL:  # the last cell of the stream always recovers everything: say where it gets there
             half = (share.value[:, -1] >= 0.5).nonzero()
-            cell = (int(half[0]) if len(half) else share.value.shape[0] - 1, share.value.shape[1] - 1)
-            return f"{_at(self.sites(component), cell)} recovers {share.at(*cell)}{where}, the first layer there with half {tail}"
+            if len(half):
+                cell = (int(half[0]), share.value.shape[1] - 1)
+                return f"{_at(self.sites(component), cell)} recovers {share.at(*cell)}{where}, the first layer there with half {tail}"
         cell = _largest(share.value)
         return f"{_at(self.sites(component), cell)} recovers {share.at(*cell)}{where}, the most of all {component} {tail}"
 

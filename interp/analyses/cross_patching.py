@@ -141,7 +141,9 @@ class CrossPatchingResult(Result):
             )
         beside = f", random heads {_spread(draws)}" if len(draws) and not bool(draws.isnan().any()) else ""
         which = f"the most of {len(self.cells)} groups" if not self.layers else f"the most of all {self.component}"
-        if self.layers and self.component in RESIDUAL and self.resolved:  # the end of the stream always carries everything
+        if (
+            self.layers and self.component in RESIDUAL and self.resolved and float(share.value[i]) >= 0.5
+        ):  # the end of the stream always carries everything
             which = "the first layer there with half"
         told = [main + beside] + [which] * (len(self.cells) > 1)
         return f"{self.cells[i]} {', '.join(told)} ({self.convention}; n = {len(self.start)} prompts; {self._apart()}; {self.exactness})"
@@ -166,7 +168,8 @@ class CrossPatchingResult(Result):
         if self.layers and self.component in RESIDUAL:
             last = share.value.reshape(self.layers, -1)[:, -1]
             half = (last >= 0.5).nonzero()
-            return ((int(half[0]) if len(half) else self.layers - 1) + 1) * len(self.places) - 1
+            if len(half):
+                return (int(half[0]) + 1) * len(self.places) - 1
         return int(share.value.abs().argmax())
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
@@ -334,7 +337,8 @@ def cross_patching(
     todo: list[Site | Patch] = [*runs]
     swept = sweep(receiver, batch, todo, (sender, batch), reader, seed=seed, desc=f"patches, {direction.replace('_', ' ')}")
     lone = [name for name, draws in drawn.items() if control and not draws]
-    notes = [f"no random heads beside {', '.join(lone)}, for want of other heads in the same layers"] if lone else []
+    why = "it names no heads, heads of several kinds, or more than its layers have others"
+    notes = [f"no random heads beside {name}: {why}" for name in lone]
     return CrossPatchingResult(
         patched=swept.values[: len(cells)],
         control=_control(swept.values[len(cells) :], [len(drawn.get(name, ())) for name in cells]),

@@ -153,7 +153,7 @@ class PathPatchingResult(Result):
         told = f"{self.direction}: {held}; n = {self.clean.shape[1]} prompt pairs; {apart}; {self.exactness}"
         tail = f"{int(self.reaches.sum())} paths that reach a receiver, of {self.reaches.numel()} ({told})"
         if not bool(self.reaches.any()):
-            return f"No sender reaches a receiver, so nothing changes at all: 0 of {self.metric}; 0 {tail}"
+            return f"No sender reaches a receiver, so nothing changes at all: no path of {self.reaches.numel()} ({told})"
         told = [side for i, side in enumerate(self.sides) if self.resolved[i]]
         if not told:
             effect = self.effect()

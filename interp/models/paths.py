@@ -280,7 +280,7 @@ class Frozen:
         seen = {site: x[0] for site, x in self.model.capture(batch, [Site(c, i) for c in names for i in layers] + [last]).items()}
 
         def alike(got: Tensor, want: Tensor, scale: Tensor) -> bool:
-            return float((_wide(got) - _wide(want)).norm()) <= max(1e-4, 16 * torch.finfo(want.dtype).eps) * float(scale.norm())
+            return float((_wide(got) - _wide(want)).norm()) <= max(1e-4, 16 * torch.finfo(self.model.dtype).eps) * float(scale.norm())
 
         def moves(x: Tensor) -> Tensor:  # from the first token on: biases cancel
             return _wide(x) - _wide(x[:1])

@@ -103,7 +103,7 @@ def sweep(
     identity = [] if folder is None and unfinished() is None else [*identity_of(model, batch, todo, source, reader), seed]
     state = progress_of(base.expand(len(todo), -1).clone(), folder, identity)
     state.why = state.why or can.obstacle
-    deviations, checked = [0.0], 0
+    deviations, checked, behind = [0.0], 0, [True] * len(todo)
     notes = [] if can.columns or state.why else ["the whole vocabulary was unembedded"]
     embeds = [i for i, p in enumerate(todo) if any(s.layer is None for s in p)]
     if embeds and not state.why:
@@ -115,6 +115,9 @@ def sweep(
             part = Part.of(batch, rows)
             partners = (source[0], source[1].select(rows)) if isinstance(source, tuple) else source
             job = Job(model, part, reader[rows], settings(model, part, todo, partners))
+            read = part.batch.index(reader.position).to(model.device)[:, None]
+            for i, patch in enumerate(job.patches):
+                behind[i] &= not any(bool((s.where <= read).any()) for s in patch)
             if not state.why:
                 yield from _restarted(job, state, embeds, can.columns)
                 yield from _plainly(job, state, embeds)
@@ -136,6 +139,8 @@ def sweep(
     state.finish()
     if state.why:
         notes.insert(0, f"the plain way, one run per patch: {state.why}")
+    if any(behind):
+        notes.append(f"{sum(behind)} of {len(todo)} patches are behind the position that the metric reads, so they change exactly nothing")
     way = "plain" if state.why else "restart"
     return Swept(state.values, base, way, noise, max(deviations), checked, tuple(notes))
 

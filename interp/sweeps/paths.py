@@ -180,7 +180,10 @@ def _observe(
         here, there = (model.capture(batch, list(wanted)) for batch in (into, source))
     else:
         both = model.capture(beside(into, source), list(wanted))
-        here, there = ({site: x[rows] for site, x in both.items()} for rows in (slice(n), slice(n, None)))
+        here, there = (
+            {site: x[rows, : batch.ids.shape[1]] if site.position is None else x[rows] for site, x in both.items()}
+            for rows, batch in ((slice(n), into), (slice(n, None), source))
+        )
     alone = {site for site in wanted if site.position is not None and columns(site.position, into).shape[1] == 1}
     here, there = ({site: x.unsqueeze(1) if site in alone else x for site, x in run.items()} for run in (here, there))
 
