@@ -43,14 +43,14 @@ from interp.sweeps.paths import path_sweep
 LAYERS, HEADS, WIDTH, LENGTH, SHARED, PROMPTS, SAMPLED = 6, 8, 256, 20, 5, 16, 24
 D_HEAD = WIDTH // HEADS
 
-# task, peer -> at vocabulary 2 048 and 50 257: how many times faster is the aim
+# task, peer -> at vocabulary 2 048 and 50 257: how many times faster is the aim, and the least that going on from a cached run gives
 AIMS = {
-    ("heads x positions", "TransformerLens"): (10, 25),
-    ("heads x positions", "plain hooks"): (8, 25),
-    ("cross-model heads x positions", "plain hooks"): (5, 15),
-    ("every head -> logits", "plain hooks"): (18, 18),
-    ("head -> Q of 40 heads", "TransformerLens"): (5, 5),
-    ("all edges, EAP", "TransformerLens"): (30, 30),
+    ("heads x positions", "TransformerLens"): ((10, 8), (25, 25)),
+    ("heads x positions", "plain hooks"): ((8, 6), (25, 22)),
+    ("cross-model heads x positions", "plain hooks"): ((5, 4), (15, 6)),
+    ("every head -> logits", "plain hooks"): ((18, 18), (18, 18)),
+    ("head -> Q of 40 heads", "TransformerLens"): ((5, 5), (5, 5)),
+    ("all edges, EAP", "TransformerLens"): ((30, 30), (30, 30)),
 }
 
 
@@ -410,8 +410,8 @@ def _short(text: str) -> str:
     return "logits" if site.component == "resid_post" else f"{kinds.get(site.component, site.component)} {site.layer} {site.head}"
 
 
-def measure(task: Task, kind: str, vocabulary: int, rounds: int, top: float) -> Iterator[tuple[str, float, float]]:
-    """Print one line per peer; give the name, the ratio and the aim of each."""
+def measure(task: Task, kind: str, vocabulary: int, rounds: int, top: float) -> Iterator[tuple[str, float, tuple[int, int]]]:
+    """Print one line per peer; give the name, the ratio and the aim and the least of each."""
     found = task.ours()
     for name, run in task.peers.items():
         if task.name == "all edges, EAP":
@@ -428,7 +428,7 @@ def measure(task: Task, kind: str, vocabulary: int, rounds: int, top: float) -> 
         own, other = min(times["ours"].cpu), task.scale[name] * min(times[name].cpu)
         print(
             f"  {task.name:<30} {kind:<6} V {vocabulary:>6} {name:<16} {1e3 * other:>9.0f} ms {1e3 * own:>7.0f} ms {faster:>6.1f}x "
-            f"(aim {aim}x)  {own / limit:.1f}x above the limit of {1e3 * limit:.0f} ms",
+            f"(aim {aim[0]}x, at least {aim[1]}x)  {own / limit:.1f}x above the limit of {1e3 * limit:.0f} ms",
             flush=True,
         )
         yield f"{task.name}, {kind}, vocabulary {vocabulary}, {name}", faster, aim
@@ -464,7 +464,11 @@ def main() -> int:
                     continue  # the aims are stated at the small vocabulary
                 with torch.set_grad_enabled(name == "edges"):
                     rows = list(measure(made[name](w), kind, vocabulary, args.rounds, top))
-                missed += [f"{what}: {got:.1f}x, the aim is {aim}x" for what, got, aim in rows if got < aim and kind == "gpt2"]
+                missed += [
+                    f"{what}: {got:.1f}x, the aim is {aim}x" + f", and it has to be {least}x" * (got < least)
+                    for what, got, (aim, least) in rows
+                    if got < aim and kind == "gpt2"
+                ]
     print("\n".join(["missed:", *missed] if missed else ["every aim is met"]))
     return bool(missed)
 

@@ -160,7 +160,7 @@ MIXED = [
     (Site.parse(text),)
     for text in (
         *("L0H1.z@S", "L0.mlp_out@END", "L0H2.z@END", "L0.k", "L1.resid_pre@S", "L1H0.v", "L1H3.q@S", "L1H2.z@S", "L2.resid_pre@S"),
-        *("L2H1.v@S", "L2H0.z@END"),
+        *("L2H1.v", "L2H0.z@END"),
     )
 ]
 MIXED += [(Site.parse("L0H1.z@1"), Site.parse("L1.resid_pre@END")), (Site.parse("L0H1.z@S"), Site.parse("L2H1.v@END"))]

@@ -4,7 +4,8 @@ A run of the prompts is kept: the stream entering every block, and every block's
 goes on from it with something changed: it enters at the first block that the change concerns and at the first
 position of it, and sees the kept keys and values of the positions before. Causal attention is all this rests
 on, and every block is the model's own: the model itself says how it calls its blocks (``Wrapped.calls``), and a
-stand-in for its cache hands out what was kept.
+stand-in for its cache hands out what was kept. Where the stream entering a block is still the kept one behind its
+first position, q, k and v there are the kept ones too, and the modules that make them are stood in for.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from interp.errors import InputError
 from interp.models.batch import Batch
 from interp.models.capture import capture_bytes
-from interp.models.interventions import Hooks, Part, Points, StopForward
+from interp.models.interventions import Points, StopForward
+from interp.models.kept import Kept, keep, projections
 from interp.models.loading import free_bytes
 from interp.models.wrap import Call, Wrapped
 from interp.sites import Site
@@ -36,25 +37,8 @@ OWN_POSITION = ("q", "z", "pattern", "result", "attn_out", "mlp_out", "mlp_post"
 BEFORE = ("resid_pre", "k", "v")
 """Activations that other positions see within the same block."""
 
-_CACHE = 2**22  # bytes
+_CACHE = 2**23  # bytes; a half or twice as much costs a few percent
 _LEARNED = 2**25 - 2**16  # bytes; of larger ones glibc learns nothing
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A run of whole prompts from which rows go on.
-
-    Attributes:
-        stream: entering every block, and last leaving the last one; [prompt pos d_model] each.
-        keys: of every block, [prompt head pos d_head] each.
-        values: of every block, alike.
-        projected: what ``projections`` of every block give, by name, [prompt pos d]; those that cannot be told apart are left out.
-    """
-
-    stream: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
-    projected: list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,20 +115,6 @@ class Stretch:
     changed: int = 0
 
 
-class Recorded(DynamicCache):
-    """Keeps keys and values and hands them back as they came, so that the run is the one without a cache."""
-
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        super().__init__()
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep them."""
-        self.kept[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-
 @dataclass(eq=False)
 class Past:
     """What a block takes for its cache: the kept keys and values, over which it writes the new ones.
@@ -177,64 +147,6 @@ class Past:
     def __getitem__(self, rows: slice) -> Past:
         """That of some rows, which shares what is written."""
         return Past(self.keys[rows], self.values[rows], self.start, self.stop)
-
-
-def projections(wrapped: Wrapped, layer: int) -> dict[str, Any]:
-    """The modules that make q, k and v of a block's normed stream, position by position; none where TransformerLens names none."""
-    attention = getattr(wrapped.bridge.blocks[layer], "attn", None)
-    found = {name: getattr(getattr(attention, name, None), "original_component", None) for name in ("q", "k", "v")}
-    return {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
-
-
-def keep(model: Running, batch: Batch) -> Kept:
-    """Run prompts once and keep what rows need to go on from them."""
-    n = model.shape.n_layers
-    sites = [*(Site("resid_pre", layer) for layer in range(n)), Site("resid_post", n - 1)]
-    full: dict[object, Tensor] = {}
-
-    def run(part: Part) -> dict[object, Tensor]:
-        seen: dict[Site, Tensor] = {}
-        cache = Recorded()
-
-        def prepare(hooks: Hooks) -> None:
-            for site in sites:
-                hooks.read(site, seen)
-
-        with torch.no_grad(), _outputs(model.wrapped) as made:
-            model.forward(part, prepare, trunk=True, cache=cache)
-        size = part.batch.ids.shape
-        return {
-            **seen,
-            **{("keys", layer): k for layer, (k, _) in cache.kept.items()},
-            **{("values", layer): v for layer, (_, v) in cache.kept.items()},
-            **{name: x for name, x in made.items() if x.shape[:-1] == size},
-        }
-
-    for part, got in model.each(batch, model._bytes_per_token(), run):
-        for name, x in got.items():
-            axis = 1 if x.ndim == 3 else 2
-            if name not in full:
-                size = list(x.shape)
-                size[0], size[axis] = batch.ids.shape
-                full[name] = x.new_zeros(size)
-            full[name].narrow(axis, 0, x.shape[axis])[part.rows.to(x.device)] = x
-    keys, values = ([full[name, i] for i in range(n)] for name in ("keys", "values"))
-    return Kept([full[s] for s in sites], keys, values, [{c: full[c, i] for c in "qkv" if (c, i) in full} for i in range(n)])
-
-
-@contextmanager
-def _outputs(wrapped: Wrapped) -> Iterator[dict[tuple[str, int], Tensor]]:
-    """Keep what the projections give while a pass runs."""
-    made: dict[tuple[str, int], Tensor] = {}
-    handles = []
-    try:
-        for layer in range(wrapped.shape.n_layers):
-            for name, module in projections(wrapped, layer).items():
-                handles.append(module.register_forward_hook(lambda _, args, out, key=(name, layer): made.update({key: out})))
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(eq=False)
@@ -324,7 +236,7 @@ class Restart:
         if start == end:
             return self._block(Stretch(wave, layer, end, end + 1), stream, rows)
         past = self._past(Stretch(wave, layer, start, end + 1), rows)
-        for some, stop in ((rows[: as_kept.start], end), (as_kept, start + 1), (rows[as_kept.stop :], start + 1)):
+        for some, stop in ((rows[: as_kept.start], end), (as_kept, start + 1), (rows[as_kept.stop :], end)):
             if some:
                 part = slice(some.start, some.stop)
                 self._keys(Stretch(wave, layer, start, stop), stream[part, : stop - start], some, past[part])
@@ -366,7 +278,7 @@ class Restart:
             yield
         finally:
             for name, module in modules.items():
-                del module.__dict__["forward"]
+                module.__dict__.pop("forward", None)
                 if own[name] is not None:
                     module.__dict__["forward"] = own[name]
 
