@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from interp.models.batch import Batch
-from interp.models.interventions import Hooks, Part
+from interp.models.interventions import Hooks, Part, mask_padding, position_axes
 from interp.models.wrap import Wrapped
 from interp.sites import Site
 
@@ -29,12 +29,16 @@ class Kept:
         keys: of every block, [prompt head pos d_head] each.
         values: of every block, alike.
         projected: what ``projections`` of every block give, by name, [prompt pos d]; those that cannot be told apart are left out.
+        seen: other activations that were asked for, as ``capture`` gives them.
+        logits: at the position that was asked for, [prompt vocab].
     """
 
     stream: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
     projected: list[dict[str, Tensor]]
+    seen: dict[Site, Tensor]
+    logits: Tensor | None
 
 
 class Recorded(DynamicCache):
@@ -58,8 +62,15 @@ def projections(wrapped: Wrapped, layer: int) -> dict[str, Any]:
     return {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
 
 
-def keep(model: Running, batch: Batch) -> Kept:
-    """Run prompts once and keep what rows need to go on from them."""
+def keep(model: Running, batch: Batch, also: Sequence[Site] = (), at: str | int | None = None) -> Kept:
+    """Run prompts once and keep what rows need to go on from them.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        also: whole activations to keep besides.
+        at: a position whose logits are kept too.
+    """
     n = model.shape.n_layers
     sites = [*(Site("resid_pre", layer) for layer in range(n)), Site("resid_post", n - 1)]
     full: dict[object, Tensor] = {}
@@ -69,14 +80,16 @@ def keep(model: Running, batch: Batch) -> Kept:
         cache = Recorded()
 
         def prepare(hooks: Hooks) -> None:
-            for site in sites:
+            for site in dict.fromkeys((*sites, *also)):
                 hooks.read(site, seen)
 
+        columns, which = (None, None) if at is None else part.batch.index(at).unique(return_inverse=True)
         with torch.no_grad(), _outputs(model.wrapped) as made:
-            model.forward(part, prepare, trunk=True, cache=cache)
+            out = model.forward(part, prepare, trunk=at is None, keep=columns, cache=cache)
         size = part.batch.ids.shape
         return {
-            **seen,
+            **({} if which is None else {"logits": out.logits[torch.arange(len(which)), which]}),
+            **{site: mask_padding(x, site, part) if site in also else x for site, x in seen.items()},
             **{("keys", layer): k for layer, (k, _) in cache.kept.items()},
             **{("values", layer): v for layer, (_, v) in cache.kept.items()},
             **{name: x for name, x in made.items() if x.shape[:-1] == size},
@@ -84,15 +97,17 @@ def keep(model: Running, batch: Batch) -> Kept:
 
     for part, got in model.each(batch, model._bytes_per_token(), run):
         for name, x in got.items():
-            axis = 1 if x.ndim == 3 else 2
+            axes = position_axes(name, x.ndim) if isinstance(name, Site) else () if x.ndim == 2 else (1 if x.ndim == 3 else 2,)
             if name not in full:
                 size = list(x.shape)
-                size[0], size[axis] = batch.ids.shape
+                size[0] = len(batch)
+                for axis in axes:
+                    size[axis] = batch.ids.shape[1]
                 full[name] = x.new_zeros(size)
-            full[name].narrow(axis, 0, x.shape[axis])[part.rows.to(x.device)] = x
+            full[name][(part.rows.to(x.device), *(slice(0, n) for n in x.shape[1:]))] = x
     keys, values = ([full[name, i] for i in range(n)] for name in ("keys", "values"))
     projected = [{c: full[c, i] for c in ("q", "k", "v") if (c, i) in full} for i in range(n)]
-    return Kept([full[s] for s in sites], keys, values, projected)
+    return Kept([full[s] for s in sites], keys, values, projected, {site: full[site] for site in also}, full.get("logits"))
 
 
 @contextmanager

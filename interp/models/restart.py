@@ -88,10 +88,10 @@ class Wave:
         """What the rows are sorted by, [row]."""
         return 2 * self.layer + self.alone
 
-    def enters(self, layer: int, rows: range) -> bool:
-        """Whether something is set in some rows that other positions see within the block."""
-        before = [w.rows for w in self.writes if w.layer == layer and w.component in BEFORE]
-        return any(bool(((x >= rows.start) & (x < rows.stop)).any()) for x in before if rows)
+    def sets(self, components: Sequence[str], layer: int, rows: range) -> bool:
+        """Whether any of some activations of a block is set in some rows."""
+        found = [w.rows for w in self.writes if w.layer == layer and w.component in components]
+        return any(bool(((x >= rows.start) & (x < rows.stop)).any()) for x in found if rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +103,8 @@ class Stretch:
         layer: which block.
         start: the first position.
         stop: where it ends.
-        as_kept: rows whose stream enters as kept, but for the first positions.
-        changed: how many first positions.
+        as_kept: rows whose stream enters as kept.
+        moved: how many of them, the first ones, have another one at the first position.
     """
 
     wave: Wave
@@ -112,7 +112,7 @@ class Stretch:
     start: int
     stop: int
     as_kept: range = range(0)
-    changed: int = 0
+    moved: int = 0
 
 
 @dataclass(eq=False)
@@ -186,12 +186,14 @@ class Restart:
                 stream = torch.cat([stream, kept.stream[layer][:, start : end + 1].index_select(0, wave.prompt[before:here])])
             if here:
                 rows = range(here)
-                # What was alone in the block before has changed at one position only when it enters this one.
-                as_kept = range(0) if wave.enters(layer, lone) else lone
-                if layer < last:
-                    stream = self._block(Stretch(wave, layer, start, end + 1, as_kept, 1), stream, rows)
+                # What was alone in the block before has changed at one position only when it enters this one, what joins here nowhere.
+                if layer == last:
+                    stream = self._last(stream, rows, wave, range(0) if wave.sets(BEFORE, layer, lone) else lone)
                 else:
-                    stream = self._last(stream, rows, wave, as_kept)
+                    lone = range(before, before) if not lone or wave.sets(["resid_pre"], layer, lone) else lone
+                    joining = range(before, before if wave.sets(["resid_pre"], layer, range(before, here)) else here)
+                    known = range(lone.start, joining.stop)
+                    stream = self._block(Stretch(wave, layer, start, end + 1, known, len(lone)), stream, rows)
             if after > here:
                 # The change has not left its position when it leaves this block: everything else there is as it was.
                 rows, prompt = range(here, after), wave.prompt[here:after]
@@ -253,9 +255,10 @@ class Restart:
     @contextmanager
     def _projecting(self, at: Stretch, rows: range) -> Iterator[None]:
         """Make q, k and v only where rows are not as kept."""
-        low, high = (min(max(i, rows.start), rows.stop) - rows.start for i in (at.as_kept.start, at.as_kept.stop))
-        length, changed = at.stop - at.start, at.changed
-        kept = self.kept.projected[at.layer] if low < high and changed < length else {}
+        ends = at.as_kept.start, at.as_kept.start + at.moved, at.as_kept.stop
+        low, middle, high = (min(max(i, rows.start), rows.stop) - rows.start for i in ends)
+        length = at.stop - at.start
+        kept = self.kept.projected[at.layer] if low < high and (length > 1 or middle < high) else {}
         modules = {name: module for name, module in projections(self.wrapped, at.layer).items() if name in kept} if kept else {}
         prompt = at.wave.prompt[rows.start + low : rows.start + high]
 
@@ -264,8 +267,8 @@ class Restart:
                 if x.shape[:-1] != (len(rows), length):
                     return real(x)
                 known = there[:, at.start : at.stop].index_select(0, prompt)
-                if changed:
-                    known[:, :changed] = real(x[low:high, :changed])
+                if middle > low:
+                    known[: middle - low, :1] = real(x[low:middle, :1])
                 parts = [known if some is None else real(some) for some in (x[:low], None, x[high:]) if some is None or len(some)]
                 return known if len(parts) == 1 else torch.cat(parts)
 

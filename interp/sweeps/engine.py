@@ -13,11 +13,12 @@ from torch import Tensor
 
 from interp.metrics import Reader
 from interp.models.interventions import Part
-from interp.models.restart import Restart, keep, logits_of, means, prompts_at_once, wave_bytes
+from interp.models.kept import Kept, keep
+from interp.models.restart import Restart, logits_of, means, prompts_at_once, wave_bytes
 from interp.progress import progress, unfinished
 from interp.sites import Site
-from interp.sweeps.patches import Patch, Setting, Source, check, settings, sites_of
-from interp.sweeps.plain import baseline, cell, cells, patched
+from interp.sweeps.patches import Patch, Setting, Source, check, settings, sites_of, wholes
+from interp.sweeps.plain import cell, cells, patched, rounding
 from interp.sweeps.saved import Progress, identity_of, progress_of
 from interp.sweeps.waves import Cells, tables, wave
 
@@ -56,12 +57,13 @@ class Swept:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Some of the prompts, with what every patch sets in them."""
+    """Some of the prompts, with what every patch sets in them, and the run that cells go on from unless all take the plain way."""
 
     model: HookedModel
     part: Part
     reader: Reader
     patches: list[list[Setting]]
+    kept: Kept | None
 
 
 def sweep(
@@ -99,9 +101,9 @@ def sweep(
     """
     todo = sites_of(patches)
     check([s for p in todo for s in p], batch, source[1] if isinstance(source, tuple) else None)
-    (base, noise), can = baseline(model, batch, reader), means(model)
+    can, base, noise = means(model), torch.zeros(len(batch)), 0.0
     identity = [] if folder is None and unfinished() is None else [*identity_of(model, batch, todo, source, reader), seed]
-    state = progress_of(base.expand(len(todo), -1).clone(), folder, identity)
+    state = progress_of((len(todo), len(batch)), folder, identity)
     state.why = state.why or can.obstacle
     deviations, checked, behind = [0.0], 0, [True] * len(todo)
     notes = [] if can.columns or state.why else ["the whole vocabulary was unembedded"]
@@ -114,7 +116,13 @@ def sweep(
         for rows in _portions(model, batch, todo):
             part = Part.of(batch, rows)
             partners = (source[0], source[1].select(rows)) if isinstance(source, tuple) else source
-            job = Job(model, part, reader[rows], settings(model, part, todo, partners))
+            some, wanted = reader[rows], wholes(model, todo)
+            kept = None if state.why else keep(model, part.batch, wanted, reader.position)
+            logits = model.logits(part.batch, at=reader.position) if kept is None or kept.logits is None else kept.logits
+            base[rows] = some(logits).cpu()
+            state.begin(rows, base[rows])
+            noise = max(noise, rounding(model, part.batch, some, logits))
+            job = Job(model, part, some, settings(model, part, todo, partners, kept and kept.seen), kept)
             read = part.batch.index(reader.position).to(model.device)[:, None]
             for i, patch in enumerate(job.patches):
                 behind[i] &= not any(bool((s.where <= read).any()) for s in patch)
@@ -152,15 +160,15 @@ def _portions(model: HookedModel, batch: Batch, patches: Sequence[Patch]) -> lis
 
 
 def _restarted(job: Job, state: Progress, leave: Sequence[int], columns: bool) -> Iterator[None]:
-    """Go on from one run of the prompts, wave by wave; yields once per cell."""
+    """Go on from the kept run of the prompts, wave by wave; yields once per cell."""
     model, batch, reader = job.model, job.part.batch, job.reader
     rows = job.part.rows
     patches = [[] if i in leave else p for i, p in enumerate(job.patches)]
     todo = Cells.of(patches, batch.index(reader.position).to(model.device), model.shape.n_layers)
     yield from [None] * (len(rows) * (len(patches) - len(leave)) - len(todo))
-    if not len(todo):
+    if not len(todo) or job.kept is None:
         return
-    held, go = tables(patches, model.shape.n_layers), Restart(model.wrapped, keep(model, batch))
+    held, go = tables(patches, model.shape.n_layers), Restart(model.wrapped, job.kept)
     tokens = reader.columns if columns else None
     vocabulary = model.shape.d_vocab if tokens is None else 0
 

@@ -58,15 +58,35 @@ def whole(site: Site) -> Site:
     return Site("z" if site.component == "result" else site.component, site.layer)
 
 
-def settings(model: HookedModel, part: Part, patches: Sequence[Patch], source: Source) -> list[list[Setting]]:
+def wholes(model: HookedModel, patches: Sequence[Patch]) -> list[Site]:
+    """The activations that the sites of patches are cut out of.
+
+    Raises:
+        InputError: the model has no such site.
+    """
+    return list(dict.fromkeys(whole(s) for s in model.sites(list(dict.fromkeys(s for p in patches for s in p)))))
+
+
+def settings(
+    model: HookedModel, part: Part, patches: Sequence[Patch], source: Source, seen: Mapping[Site, Tensor] | None = None
+) -> list[list[Setting]]:
     """What every patch sets in some of the prompts; a source run is that of their partners.
+
+    Args:
+        model: the model that is patched.
+        part: prompts.
+        patches: what to set.
+        source: where values come from.
+        seen: what ``wholes`` names, of these prompts, where they have been run already.
 
     Raises:
         InputError: the model has no such site, or a value does not fit it.
     """
     batch = part.batch
-    wanted = list(dict.fromkeys(whole(s) for s in model.sites(list(dict.fromkeys(s for p in patches for s in p)))))
-    there = model.capture(batch, wanted) if wanted else {}
+    if seen is None:
+        wanted = wholes(model, patches)
+        seen = model.capture(batch, wanted) if wanted else {}
+    there = seen
     given: Mapping[Site, Tensor] = {}
     if isinstance(source, tuple):
         asked = source[0].sites(list(dict.fromkeys(s for p in patches if not isinstance(p, Mapping) for s in p)))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _HELD = 64  # patches whose values are in memory at once
+_APART = 8  # prompts that are run again in a batch of their own
 
 
 def run(model: HookedModel, batch: Batch, reader: Reader) -> Float[Tensor, " prompt"]:
@@ -116,21 +117,30 @@ def plain(
 
 
 def floor(model: HookedModel, batch: Batch, reader: Reader) -> float:
-    """What rounding alone does to the metric; see ``baseline``."""
+    """What rounding alone does to the metric; see ``rounding``."""
     return baseline(model, batch, reader)[1]
 
 
 def baseline(model: HookedModel, batch: Batch, reader: Reader) -> tuple[Float[Tensor, " prompt"], float]:
-    """The metric of a run without a patch, and what rounding alone does to it.
-
-    That is its largest change when the same prompts run in batches of another size, or when every logit moves at random by up to one
-    unit in the last place of the largest.
-    """
+    """The metric of a run without a patch, and what rounding alone does to it; see ``rounding``."""
     logits = model.logits(batch, at=reader.position)
-    whole = reader(logits).cpu()
+    return reader(logits).cpu(), rounding(model, batch, reader, logits)
+
+
+def rounding(model: HookedModel, batch: Batch, reader: Reader, logits: Float[Tensor, "prompt vocab"]) -> float:
+    """What rounding alone does to the metric.
+
+    That is its largest change when some of the prompts run in a batch of another size, or when every logit of all of them moves at
+    random by up to one unit in the last place of the largest.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        reader: the metric.
+        logits: of a run of all prompts.
+    """
+    whole, rows = reader(logits).cpu(), list(range(len(batch)))
     worst = float((reader(last_place(logits)).cpu() - whole).abs().max())
-    rows = range(len(batch))
-    for part in [rows[::2], rows[1::2]] if len(rows) > 1 else [[0, 0]]:
-        part = list(part)
+    for part in [rows[:_APART]] if len(rows) > _APART else [rows[::2], rows[1::2]] if len(rows) > 1 else [[0, 0]]:
         worst = max(worst, float((run(model, batch.select(part), reader[part]) - whole[part]).abs().max()))
-    return whole, worst
+    return worst

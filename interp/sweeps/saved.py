@@ -34,7 +34,7 @@ class Progress:
     """What a sweep has found so far.
 
     Attributes:
-        values: the metric, [patch prompt]; the baseline where nothing was computed.
+        values: the metric, [patch prompt]; the baseline where nothing was computed, once a prompt was begun with.
         done: which cells are final, [patch prompt].
         file: where it is saved, or None.
         identity: digest of everything the values depend on.
@@ -47,6 +47,11 @@ class Progress:
     identity: str = ""
     why: str = ""
     _saved: float = field(default_factory=time.monotonic)
+
+    def begin(self, prompts: Sequence[int], base: Tensor) -> None:
+        """The values of some prompts without a patch, for all cells of theirs that nothing was found for yet."""
+        some = list(prompts)
+        self.values[:, some] = torch.where(self.done[:, some], self.values[:, some], base.to(self.values))
 
     def put(self, patch: Tensor | int, prompt: Tensor | slice, values: Tensor) -> None:
         """Add finished cells; saves when it is time."""
@@ -73,13 +78,13 @@ class Progress:
                 self.file.parent.rmdir()
 
 
-def progress_of(values: Tensor, folder: str | Path | None, identity: Sequence[Any]) -> Progress:
+def progress_of(size: tuple[int, int], folder: str | Path | None, identity: Sequence[Any]) -> Progress:
     """An empty one, or what an interrupted sweep left in a folder; by default in the one where unfinished work is kept.
 
     Raises:
         InputError: the folder holds another sweep, or cannot be written.
     """
-    done = torch.zeros(values.shape, dtype=torch.bool)
+    values, done = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
     shared = unfinished()
     if folder is None and shared is None:
         return Progress(values, done)
