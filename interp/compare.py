@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import InputError
 from interp.inputs import Loading, Session
+from interp.names import AND
 from interp.plan import Comparison, Gap, Row, Speed, Step, Work
 from interp.request import Effort, Request
 
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 def _patching(pairs: Any) -> dict[str, Any]:
     """Without a distractor there is no difference of logits to restore."""
     return {} if pairs.distractors is not None else {"metric": "answer_logprob"}
+
+
+def _detecting(prompts: Any) -> dict[str, Any]:
+    """Chats are told from text in the same template, so that it is not the template that tells them apart."""
+    return {"output_co": True} | ({"chat": "template"} if _in_chat(prompts.task) else {})
+
+
+def _in_chat(written: str) -> bool:
+    """Whether a task's prompts are in the tuned model's chat template."""
+    return written.partition("(")[0] in CHATS and "chat=plain" not in written
 
 
 PLAN = (
@@ -73,12 +84,31 @@ PLAN = (
         lambda s: Work(tokens=20 * s.prompts * s.length, saved=32 * s.prompts * (s.layers * s.heads) ** 2),
         settings=_patching,
     ),
+    Row(
+        "tuco",
+        "sets",
+        {"quick": 16, "normal": 32, "full": 100},
+        lambda s: Work(tokens=3.5 * s.prompts * s.length, saved=s.prompts * (48 * s.layers + 24 * s.length)),
+        settings=lambda prompts: {"output_co": True},
+    ),
+    Row(
+        "tuco_detection",
+        "against text",
+        {"quick": 32, "normal": 64, "full": 200},
+        lambda s: Work(tokens=3.5 * s.prompts * s.length, saved=500 * s.prompts),
+        settings=_detecting,
+    ),
 )
 """The comparison, in order. The cheap and certain comes first, so that what is there early is worth reading."""
 
 SHIPPED_TASKS = ("boxes", "boxes(n_boxes=3)", "colored_objects", "ioi", "facts", "arithmetic", "laundry_list(length=3)")
 """What shipped models are asked when no task is named."""
 
+CHATS = ("instructions", "refusals")
+"""What a tuned model with a chat template is asked beside the tasks, for TuCo alone; accuracy is for tasks that were named."""
+
+GRAMMAR, SENTENCE = "plain_text", "plain_text(sentences=1)"
+"""What shipped models read, and what is as long as a short question."""
 
 PROSE = "plain_text(source=prose)"
 """What other models read when no file is given."""
@@ -194,10 +224,10 @@ class _Run:
             self.session.prompts(self.request.prompts, pair)
         plan = [(row, self.steps(row, tuned)) for row in PLAN if not self.request.only or row.analysis in self.request.only]
         self.speed = cache(lambda: Speed.of(pair) if any(row.source for row, _ in plan) else Speed(0.0, Speed.pass_over(pair)))
-        self.announce(pair.name, [step for row, steps in plan for step in (self.likely(steps) if row.source == "best task" else steps)])
+        self.announce(pair.name, [step for row, steps in plan for step in (self.likely(steps) if row.chosen else steps)])
         found: list[Result] = []
         for row, steps in plan:
-            for step in self.best(steps, found) if row.source == "best task" else steps:
+            for step in self.choice(row, steps, found):
                 if (result := self.step(step)) is not None:
                     found.append(result)
                     self.results.append(result)
@@ -205,10 +235,46 @@ class _Run:
 
     def steps(self, row: Row, tuned: Any) -> list[Step]:
         """The steps of a row; for the best task one per task that could be it."""
-        on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
         n = row.prompts.get(self.request.effort, 0)
+        if row.source == "sets":
+            sets = self.sets(tuned, n)
+            return [Step(row, self.request.base, tuned, AND.join(sets), _at_most(n, *sets) * len(sets))]
+        if row.source == "against text":
+            return self.against_text(row, tuned, n)
+        on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
         made = [Step(row, self.request.base, tuned, written, _at_most(n, written)) for written in on]
         return [s for s in made if self.paired(s)] if row.source == "best task" else made
+
+    def sets(self, tuned: Any, n: int) -> list[str]:
+        """The sets of prompts that stand side by side: text, and what the tuned model is asked."""
+        pair = self.session.pair(self.request.base, tuned)
+        asked = [on for on in dict.fromkeys((*self.tasks, *self.chats(pair))) if self.can_be_made(on, pair, n)]
+        return [self.text(tuned), *asked]
+
+    def against_text(self, row: Row, tuned: Any, n: int) -> list[Step]:
+        """One step per set that may have more of tuning than text: the named tasks; chats where there is a template; the shipped tasks."""
+        pair, text = self.session.pair(self.request.base, tuned), self.text(tuned)
+        asked = [on for on in self.request.tasks or self.chats(pair)[:1] or self.tasks if self.can_be_made(on, pair, n)]
+        other = {on: SENTENCE if text == GRAMMAR and _in_chat(on) else text for on in asked}
+        return [Step(row, self.request.base, tuned, on, _at_most(n, on, other[on]), other[on]) for on in asked]
+
+    def chats(self, pair: Any) -> tuple[str, ...]:
+        """Questions in the tuned model's chat template, where it has one."""
+        try:
+            return CHATS if getattr(pair.tuned.tokenizer, "chat_template", None) else ()
+        except InputError:
+            return ()  # a model without a tokenizer
+
+    def can_be_made(self, on: str, pair: Any, n: int) -> bool:
+        """Whether the words of a task are tokens of this pair; if not, it is said once."""
+        try:
+            self.session.prompts(on, pair, _at_most(n, on))
+        except InputError as error:
+            gap = Gap(f"TuCo on {on}", str(error), failed=on in self.request.tasks)
+            if gap not in self.gaps:
+                self.miss(gap)
+            return False
+        return True
 
     def text(self, tuned: Any) -> str:
         """What the models read: the user's file, prose, or sentences of the grammar.
@@ -218,7 +284,7 @@ class _Run:
         if self.request.prompts is not None:
             return self.request.prompts
         short = self.session.pair(self.request.base, tuned).shape.n_ctx < LONG
-        return "plain_text" if self.request.shipped or short else PROSE
+        return GRAMMAR if self.request.shipped or short else PROSE
 
     def pairs(self) -> list[str]:
         """What may hold clean and corrupt prompts."""
@@ -236,6 +302,17 @@ class _Run:
         except InputError:
             return False  # its own step says why
         return hasattr(prompts, "corrupt") and prompts.answers is not None
+
+    def choice(self, row: Row, steps: Sequence[Step], found: Sequence[Any]) -> Sequence[Step]:
+        """The steps of a row, or the one that what was found so far chooses."""
+        if row.source == "best task":
+            return self.best(steps, found)
+        return self.most_changed(steps, found) if row.chosen else steps
+
+    def most_changed(self, steps: Sequence[Step], found: Sequence[Any]) -> list[Step]:
+        """The step on the task whose answers tuning changed most, for better or worse; the first one where none was scored."""
+        changed = {r.task: abs(float(r.accuracy[1] - r.accuracy[0])) for r in found if r.meta.analysis == "task_accuracy"}
+        return [max(steps, key=lambda step: changed.get(step.on, 0.0))] if steps else []
 
     def likely(self, steps: Sequence[Step]) -> list[Step]:
         """The step to show in the plan before anybody knows which task it will be."""
@@ -333,7 +410,7 @@ class _Run:
                 self.say(f"  {step!s:58} cannot be done")  # running it says why
                 continue
             total += (needs := self.speed().seconds(work))
-            what = f"{step.row.analysis} on the task learned best" if step.row.source == "best task" else str(step)
+            what = step.announced
             self.say(f"  {what:58} about {duration(needs):>6}, saves {size(work.saved):>7}" + (f", n = {step.n}" if step.n else ""))
         limit = "" if self.request.minutes is None else f" of the {duration(self.request.minutes * 60)} given"
         self.say(f"  in all about {duration(total)}{limit}")
@@ -356,9 +433,9 @@ class _Run:
         return write_report(self.results, self.request.page, title=title, verdict=told, warnings=known, plan=[str(g) for g in self.gaps])
 
 
-def _at_most(n: int, on: str) -> int:
+def _at_most(n: int, *on: str) -> int:
     """Fewer prompts where there are not as many: prose has an end."""
-    if on != PROSE:
+    if PROSE not in on:
         return n
     from interp.tasks.plain_text import prose
 

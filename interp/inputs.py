@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from interp.errors import InputError
+from interp.names import AND
 
 if TYPE_CHECKING:
     from interp.models import HookedModel, ModelPair
@@ -92,7 +93,7 @@ class Session:
         return self._once(("pair", _key(base), _key(tuned)), load)
 
     def prompts(self, written: str, model: HookedModel | ModelPair, n: int | None = None, seed: int = 0) -> Prompts | PromptPairs:
-        """Prompts from a file, or from a task's name: the first ``n``.
+        """Prompts from a file, or from a task's name: the first ``n``. ``A + B`` mixes several such sets, ``n`` in all.
 
         Raises:
             InputError: it is neither, or the file cannot be used.
@@ -141,17 +142,42 @@ def _prompts(written: str, model: Any, n: int | None, seed: int) -> Any:
     if path.is_file():
         found = read_prompts(path, model)
         return found if n is None else found[:n]
+    if len(names := _sets(written)) > 1:
+        return _mixed(checked_prompts(written), names, model, n, seed)
     return task(checked_prompts(written)).generate(model, 50 if n is None else n, seed)
 
 
+def _sets(written: str) -> list[str]:
+    """The sets that were written for a mixture; one alone for anything else."""
+    return [written] if Path(written).expanduser().is_file() else [part.strip() for part in written.split(AND)]
+
+
+def _mixed(written: str, names: Sequence[str], model: Any, n: int | None, seed: int) -> Any:
+    """Sets of prompts in turn, ``n`` in all, so that the first ones take one more where it does not come out even."""
+    from interp.prompts.mixed import mixed
+
+    filed = [name for name in names if Path(name).expanduser().is_file()]
+    if filed and seed:
+        raise InputError(f"the file {filed[0]} in {written} takes no seed, so the seed of the mixture must stay 0, but it is {seed}")
+    shares = [None if n is None else n // len(names) + (i < n % len(names)) for i in range(len(names))]
+    taken = [(name, share) for name, share in zip(names, shares, strict=True) if share != 0]
+    return mixed({name: _prompts(name, model, share, seed) for name, share in taken}, None if filed else seed)
+
+
 def checked_prompts(written: str) -> str:
-    """What was written for prompts, if it is a file or the text form of a task.
+    """What was written for prompts, if it is a file, the text form of a task, or several of these with `` + `` between them.
 
     Raises:
-        InputError: it is neither; nothing has been loaded to find that out.
+        InputError: it is neither, or the same twice; nothing has been loaded to find that out.
     """
     from interp.tasks import TASKS, task
 
+    if len(names := _sets(written)) > 1:
+        if len(set(names)) < len(names):
+            raise InputError(f"{written} names the same set twice")
+        for name in names:
+            checked_prompts(name)
+        return written
     path = Path(written).expanduser()
     if path.is_file():
         return written

@@ -1,4 +1,4 @@
-"""Names that users type: the sentence for one that nobody knows."""
+"""Names that users type: what stands between several, and the sentence for one that nobody knows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from interp.errors import InputError
+
+AND = " + "
+"""Between the sets of prompts of a mixture: ``ioi + boxes``."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

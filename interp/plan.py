@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp.inputs import Session, stamp
+from interp.names import AND
 
 if TYPE_CHECKING:
     from interp.models import HookedModel, ModelPair
@@ -64,7 +65,8 @@ class Row:
     Attributes:
         analysis: its name; its first input is the pair.
         source: where its second input comes from: ``text`` (the user's prompts or shipped plain text),
-            ``task`` (one step per task), ``best task`` (the one that tuning taught best), or none.
+            ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``sets`` (text and all tasks, mixed),
+            ``against text`` (the task that tuning changed most, and text as the third input), or none.
         prompts: number of prompts at each effort.
         work: what a step takes.
         draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
@@ -72,11 +74,16 @@ class Row:
     """
 
     analysis: str
-    source: Literal["text", "task", "best task"] | None
+    source: Literal["text", "task", "best task", "sets", "against text"] | None
     prompts: Mapping[str, int]
     work: Callable[[Sizes], Work]
     draws: bool = False
     settings: Callable[[Any], dict[str, Any]] = lambda prompts: {}
+
+    @property
+    def chosen(self) -> bool:
+        """Of its steps only one is taken, by what was found before."""
+        return self.source in ("best task", "against text")
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Step:
         base: what was written for the base.
         tuned: what was written for the tuned model.
         on: what was written for its prompts or its task; empty for weights.
-        n: number of prompts.
+        n: number of prompts; of each set where there are two.
+        against: what was written for the prompts it is told from; empty where there are none.
     """
 
     row: Row
@@ -126,10 +134,19 @@ class Step:
     tuned: Any
     on: str = ""
     n: int = 0
+    against: str = ""
 
     def __str__(self) -> str:
         """Analysis and input, for a person."""
-        return self.row.analysis + (f" on {self.on}" if self.on else "")
+        return self.row.analysis + (f" on {self.on}" if self.on else "") + (f" against {self.against}" if self.against else "")
+
+    @property
+    def announced(self) -> str:
+        """The same, before anybody knows which task it will be."""
+        if self.row.source == "sets":
+            return f"{self.row.analysis} on {self.on.count(AND) + 1} sets of prompts"
+        which = {"best task": "the task learned best", "against text": f"the task changed most, against {self.against}"}
+        return f"{self.row.analysis} on {which[self.row.source]}" if self.row.source in which else str(self)
 
     def arguments(self, session: Session) -> tuple[list[Any], dict[str, Any]]:
         """Inputs and settings of the call.
@@ -145,25 +162,31 @@ class Step:
         if self.row.draws:
             return [pair, task(self.on)], {"n": self.n}
         prompts = session.prompts(self.on, pair, self.n)
-        if self.row.source == "text":
-            return [pair, getattr(prompts, "clean", prompts)], {}
-        return [pair, prompts], self.row.settings(prompts)
+        if self.row.source == "best task":
+            return [pair, prompts], self.row.settings(prompts)
+        return [pair, *self.singles(session)], self.row.settings(prompts)
+
+    def singles(self, session: Session) -> list[Any]:
+        """Its sets of prompts, of pairs the clean ones."""
+        pair = session.pair(self.base, self.tuned)
+        made: list[Any] = [session.prompts(on, pair, self.n) for on in (self.on, self.against) if on]
+        return [getattr(prompts, "clean", prompts) for prompts in made]
 
     def stamped(self, result: Result, session: Session) -> Result:
         """The result with what was written for its inputs."""
         models = {side: what for side, what in (("base", self.base), ("tuned", self.tuned)) if isinstance(what, str)}
-        return stamp(result, session.loading, models, prompts=self.on if self.row.source else "", n=self.n or None)
+        written = {"positive": self.on, "negative": self.against} if self.against else self.on if self.row.source else ""
+        return stamp(result, session.loading, models, prompts=written, n=self.n or None)
 
     def work(self, session: Session) -> Work:
         """What it takes, from the lengths of its prompts."""
         shape = session.pair(self.base, self.tuned).shape
         if not self.on:
             return self.row.work(Sizes(layers=shape.n_layers, heads=shape.n_heads))
-        prompts = session.prompts(self.on, session.pair(self.base, self.tuned), self.n)
-        some: Any = getattr(prompts, "clean", prompts)
-        length = sum(len(ids) for ids in some.ids) / len(some)
-        places = sum(all(len(p) == 1 for p in where) for where in some.positions.values())
-        return self.row.work(Sizes(len(some), length, places, shape.n_layers, shape.n_heads))
+        some = self.singles(session)
+        rows = [ids for prompts in some for ids in prompts.ids]
+        places = sum(all(len(p) == 1 for p in where) for where in some[0].positions.values())
+        return self.row.work(Sizes(len(rows), sum(map(len, rows)) / len(rows), places, shape.n_layers, shape.n_heads))
 
     def command(self, session: Session) -> str:
         """The line that runs this step alone; empty for models that are objects."""
@@ -173,9 +196,14 @@ class Step:
         if self.row.draws:
             words += [f"--task={self.on}", f"--n={self.n}"]
         elif self.on:
-            words += [f"--prompts={self.on}", f"--prompts-n={self.n}"]
-            words += [f"--{name.replace('_', '-')}={value}" for name, value in self.arguments(session)[1].items()]
+            sets = {"positive": self.on, "negative": self.against} if self.against else {"prompts": self.on}
+            words += [word for side, written in sets.items() for word in (f"--{side}={written}", f"--{side}-n={self.n}")]
+            words += [_flag(name.replace("_", "-"), value) for name, value in self.arguments(session)[1].items()]
         return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> str:
+    return (f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name}={value}"
 
 
 @dataclass(frozen=True)

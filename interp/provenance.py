@@ -52,8 +52,8 @@ class Meta:
             ``edits`` (digests of the active edits), ``text`` (what to load it from; empty for a model given as
             an object), and ``adapter`` (a folder) where one was applied to a single model.
         inputs: one entry per further positional argument: ``parameter``, ``kind`` (its class), ``digest``,
-            ``text`` (what the command line takes for it; empty when it was made in Python), and for prompts
-            of a task ``task``, ``n`` and ``seed``.
+            ``text`` (what the command line takes for it; empty when it was made in Python), for prompts
+            of a task ``task``, ``n`` and ``seed``, and for a selection of such prompts ``some_of``.
         settings: the keyword-only arguments, defaults included, as JSON values and text forms.
         seed: the setting ``seed``, or None.
         notes: what does not change the numbers: time (UTC), argv, git, versions, device, seconds, peak_mb (peak memory
@@ -93,7 +93,7 @@ class Meta:
     def obstacles(self) -> tuple[str, ...]:
         """Why the command line cannot repeat this result; empty when it can."""
         found = [f"the setting {name} is a function of the user's" for name in self.user_functions]
-        found += [f"the input {i['parameter']} was made in Python" for i in self.inputs if not (i["text"] or i.get("task"))]
+        found += [f"the input {i['parameter']} {_made(i)}" for i in self.inputs if not (i["text"] or i.get("task"))]
         found += [f"the {m['side']} model was given as an object" for m in self.models if not m.get("text")]
         found += [f"the {m['side']} model had edits in force" for m in self.models if m["edits"]]
         return tuple(found)
@@ -147,6 +147,10 @@ def sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
+def _made(given: Mapping[str, Any]) -> str:
+    return f"is a selection from {given['some_of']}, or was changed" if given.get("some_of") else "was made in Python"
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -184,6 +188,16 @@ def _setting(value: Any, where: str) -> Any:
         return USER_FUNCTION
     what = f"it is a {type(value).__name__}"
     raise InputError(f"the setting {where} must be a plain value, a tuple of them or something with a text form, but {what}")
+
+
+def _file(value: Any) -> Path | None:
+    """The JSON file that a setting names: it is an input, known by what is in it."""
+    named = isinstance(value, str | Path) and str(value).endswith(".json")
+    return Path(value) if named and Path(value).is_file() else None
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _function_name(function: Any) -> str:
@@ -239,6 +253,8 @@ def _described_input(analysis: str, parameter: str, value: Any) -> dict[str, Any
     task, seed = getattr(value, "task", None), getattr(value, "seed", None)
     if isinstance(task, str) and task and isinstance(seed, int):
         described |= {"task": task, "n": len(cast("Any", value)), "seed": seed}
+    elif isinstance(task, str) and task and hasattr(value, "seed"):
+        described["some_of"] = task
     return described
 
 
@@ -253,7 +269,9 @@ def _describe(function: Callable[..., Any], version: int, arguments: Mapping[str
             models += [_described_model(side, model) for side, model in found]
         else:
             inputs.append(_described_input(name, parameter, value))
-    plain = {k: _setting(arguments[k], f"{k} of {name}") for k in arguments if k in settings}
+    files = {k: path for k in settings & arguments.keys() if (path := _file(arguments[k]))}
+    inputs += [{"parameter": k, "kind": "file", "digest": _content(path), "text": str(path)} for k, path in sorted(files.items())]
+    plain = {k: _setting(arguments[k], f"{k} of {name}") for k in arguments if k in settings and k not in files}
     seed = plain.pop("seed", None)
     return Meta(analysis=name, version=version, models=tuple(models), inputs=tuple(inputs), settings=plain, seed=seed)
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from interp.analyses.path_patching import PathPatchingResult
     from interp.analyses.task_accuracy import TaskAccuracyResult
     from interp.analyses.token_divergence import TokenDivergenceResult
+    from interp.analyses.tuco import TucoResult
+    from interp.analyses.tuco_detection import TucoDetectionResult
     from interp.analyses.weight_delta import WeightDeltaResult
     from interp.results import Result
 
@@ -28,6 +30,9 @@ FEW_PAIRS = 10
 FEW_QUESTIONS = 100
 """Fewer questions than this leave an accuracy uncertain by up to ten points either way."""
 
+CLOSED = 0.01
+"""More than this share of the stream unaccounted for, and its parts are not what they are said to be."""
+
 SIGNIFICANT = 0.05
 
 _PATCHING = ("activation_patching", "cross_patching", "path_patching", "edge_attribution")
@@ -38,7 +43,7 @@ def verdict(results: Sequence[Result]) -> list[str]:
     pairs = by_pair(results)
     told = []
     for name, found in pairs.items():
-        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found)]
+        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found), *_written(found)]
         told += [f"{name}: {sentences[0]}", *sentences[1:]] if len(pairs) > 1 and sentences else sentences
     return told
 
@@ -178,6 +183,42 @@ def _place(found: Sequence[Any]) -> Iterator[str]:
         yield f"Straight paths: {d.summary().split(';')[0]} (n = {d.clean.shape[1]} pairs)."
 
 
+def _written(found: Sequence[Any]) -> Iterator[str]:
+    """How much of what the tuned model is about to say was written by tuning."""
+    for contribution in _of(found, "tuco"):
+        t: TucoResult = contribution
+        if float(t.tuco.max()) <= t.numerical_floor:
+            yield f"At the end of no prompt did tuning write more of the stream than rounding (TuCo at most {t.numerical_floor:.2g})."
+            continue
+        told = [f"{name} ({_mean(t.mean_of(rows), len(rows))})" for name, rows in t.by_set.items()]
+        if len(told) > 1:
+            yield f"Of {len(told)} sets of prompts, tuning wrote most of the stream on {told[0]}, least on {told[-1]} (mean TuCo)."
+        else:
+            on = told[0] if told else f"{_about(t)} ({_mean(t.mean_of(list(range(len(t.tuco)))), len(t.tuco))})"
+            yield f"The mean TuCo, tuning's share of what was written into the stream, on {on}."
+    for detection in _of(found, "tuco_detection"):
+        d: TucoDetectionResult = detection
+        a, b = d.told_apart
+        n = int(d.is_positive.sum())
+        less = ", the first having less of it" if d.auc.value < 0.5 else ""
+        yield f"TuCo tells {a} from {b} with AUC {_interval(d.auc)}{less} (n = {n} and {len(d.is_positive) - n})."
+
+
+def _about(result: Any) -> str:
+    """What a result's first prompts are."""
+    return next((str(i.get("task") or i["text"]) for i in result.meta.inputs if i.get("task") or i["text"]), "its prompts")
+
+
+def _mean(estimate: Any, n: int) -> str:
+    return f"{_interval(estimate)}, n = {n}"
+
+
+def _interval(estimate: Any) -> str:
+    """A value with its interval, where it has one."""
+    low, high = float(estimate.low), float(estimate.high)
+    return f"{float(estimate.value):.3g}" + ("" if low != low else f" [{low:.3g}, {high:.3g}]")
+
+
 def _pair_cautions(found: Sequence[Any]) -> Iterator[str]:
     for check in _of(found, "pair_check"):
         r: PairCheckResult = check
@@ -205,6 +246,13 @@ def _rounding(found: Sequence[Any]) -> Iterator[str]:
         flips, noise = int(a.gained.sum() + a.lost.sum()), int(a.jitter.max())
         if noise and noise * 2 > flips:
             yield f"On {a.task} rounding alone flips {noise} answers, and tuning flips {flips}."
+    for contribution in (*_of(found, "tuco"), *_of(found, "tuco_detection")):
+        c: TucoResult | TucoDetectionResult = contribution
+        if len(c.rounding) and float(c.rounding.mean()) * 10 > float(c.tuco.median()):
+            alone, typical = float(c.rounding.mean()), float(c.tuco.median())
+            yield f"{_name(c)}: rounding to half precision alone gives TuCo {alone:.2g}, and the median prompt has {typical:.2g}."
+        if float(c.closure.max()) > CLOSED:
+            yield f"{_name(c)}: what the blocks were seen to write misses the stream by up to {float(c.closure.max()):.1g} of it."
     for name in _PATCHING:
         yield from (f"{name.replace('_', ' ').capitalize()}: {note}." for patching in _of(found, name) for note in patching.notes)
 
@@ -215,6 +263,9 @@ def _small(found: Sequence[Any]) -> Iterator[str]:
     few += [f"{r.task} has {r.right.shape[1]} questions" for r in _of(found, "task_accuracy") if r.right.shape[1] < FEW_QUESTIONS]
     pairs = [(name, (r.goal if name == "cross_patching" else r.clean).shape[-1]) for name in _PATCHING for r in _of(found, name)]
     few += [f"{name.replace('_', ' ')} has {n} pairs" for name, n in pairs if n < FEW_PAIRS]
+    for t in _of(found, "tuco"):
+        least = min([len(rows) for rows in t.by_set.values()] or [len(t.tuco)])
+        few += [f"tuco has {least} prompts in its smallest set"] if least < FEW_PAIRS else []
     if few:
         yield f"Small samples: {_join(few)}; --effort full takes more."
 
@@ -229,6 +280,15 @@ def _silent(found: Sequence[Any]) -> Iterator[str]:
         for side, resolved in zip(p.sides, p.resolved.tolist(), strict=True):
             if not resolved:
                 yield f"Clean and corrupt prompts are too close in {side} to say what share of their difference a patch recovers."
+    for detection in _of(found, "tuco_detection"):
+        d: TucoDetectionResult = detection
+        if d.confounded:
+            a, b = d.told_apart
+            yield f"The length of the prompts alone tells {a} from {b} with AUC {_interval(d.by_length)}, so TuCo may go by length."
+
+
+def _name(result: Any) -> str:
+    return result.meta.analysis.replace("_", " ").capitalize()
 
 
 def _percent(share: float) -> str:

@@ -30,6 +30,7 @@ FEW = {
     "token_divergence": 4,
     "task_accuracy": 20,
     **dict.fromkeys(("activation_patching", "cross_patching", "path_patching", "edge_attribution"), 2),
+    **dict.fromkeys(("tuco", "tuco_detection"), 3),
 }
 
 
@@ -167,6 +168,73 @@ def test_the_shipped_pair_learned_where_things_are(cli, small) -> None:
     assert kept.startswith("No change beyond noise on ioi (100% to 100%")
     assert patching.startswith("Patching on boxes: L")  # the task with the largest gain
     assert [r["analysis"] for r in told["results"]] == ["task_accuracy", "task_accuracy", "activation_patching"]
+
+
+# -------------------------------------------------------------------------------------------- TuCo
+
+
+def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, monkeypatch) -> None:
+    from interp import store
+    from interp.analyses.tuco import tuco
+    from interp.inputs import Session
+
+    code, out, err = cli(*pair, "--task=ioi", "--task=arithmetic", "--only=tuco,tuco_detection", "--out=o")
+    assert (code, err) == (0, "") and "tuco on 3 sets of prompts" in out and "the task changed most, against plain_text" in out
+    found = {r["analysis"]: r for r in json.loads(Path("o/report.json").read_text())["results"]}
+    assert list(found) == ["tuco", "tuco_detection"]
+    whole = store.load(store.saved("o/results/tuco")[0])
+    assert sorted(whole.by_set) == ["arithmetic", "ioi", "plain_text"] and whole.output_co is not None
+    session, folders = Session(), [str(p) for p in pair]
+    loaded = session.pair(*folders)
+    for name, rows in whole.by_set.items():
+        alone = tuco(loaded, getattr(p := session.prompts(name, loaded, 3), "clean", p))
+        assert whole.tuco[rows].tolist() == pytest.approx(alone.tuco.tolist(), rel=1e-4) and len(rows) == 3
+    both = store.load(store.saved("o/results/tuco_detection")[0])
+    assert both.tuco[both.is_positive].tolist() == pytest.approx(whole.tuco[whole.by_set["ioi"]].tolist(), rel=1e-4)
+    run = COMPARE._Run(Request(base=folders[0], tuned=(folders[1],), tasks=("ioi", "arithmetic")), print, print)
+    for row in COMPARE.PLAN[-2:]:  # the command of the page, that of the step, and the plan make the same result
+        step = run.steps(row, folders[1])[0]
+        for i, words in enumerate((found[row.analysis]["command"], step.command(session).replace("'", "").split(" --"))):
+            words = words if i == 0 else ["interp", *words[0].split()[1:], *(f"--{word}" for word in words[1:])]
+            assert main([*words[1:], f"--out={row.analysis}{i}"]) == 0
+            (again,) = store.saved(f"{row.analysis}{i}/results")
+            assert again.name == store.saved(f"o/results/{row.analysis}")[0].name
+
+
+def test_chats_are_asked_where_the_tuned_model_has_a_template(capsys) -> None:
+    def steps(tuned: str, analysis: str, *tasks: str) -> list[Step]:
+        run = COMPARE._Run(Request(base="base", tuned=(tuned,), tasks=tasks, effort="quick"), print, print)
+        return run.steps(next(row for row in PLAN if row.analysis == analysis), tuned)
+
+    (chatting,), (plain,) = (steps(tuned, "tuco", "ioi") for tuned in ("assistant", "boxes-tuned"))
+    assert (chatting.on, chatting.n) == ("plain_text + ioi + instructions + refusals", 64)
+    assert (plain.on, plain.n) == ("plain_text + ioi", 32)
+    from interp.inputs import Session
+
+    (asked,) = steps("assistant", "tuco_detection")
+    assert (asked.on, asked.against) == ("instructions", "plain_text(sentences=1)")
+    assert asked.arguments(Session())[1] == {"output_co": True, "chat": "template"}
+    assert [(s.on, s.against) for s in steps("assistant", "tuco_detection", "ioi", "boxes")] == [
+        ("ioi", "plain_text"), ("boxes", "plain_text"),
+    ]  # fmt: skip
+    assert "ioi" in [s.on for s in steps("boxes-tuned", "tuco_detection")]
+
+
+def test_a_task_that_cannot_be_made_is_left_out_of_the_sets_and_said_once(cli, pair, small) -> None:
+    code, _, err = cli(*pair, "--task=ioi", "--task=arithmetic(digits=2, shots=20)", "--only=tuco,tuco_detection", "--out=o")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("interp: TuCo on arithmetic(") and "could not be done: " in err
+    assert [r["analysis"] for r in json.loads(Path("o/report.json").read_text())["results"]] == ["tuco", "tuco_detection"]
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [([], "a"), ([("a", 0.5, 0.6), ("b", 0.9, 0.2)], "b"), ([("a", 0.5, 0.6), ("b", 0.9, 0.85)], "a"), ([("b", 0.5, 0.5)], "a")],
+)
+def test_the_task_changed_most_counts_losses_too(found, chosen) -> None:
+    run = COMPARE._Run(Request(base=object(), tuned=(object(),)), print, print)
+    steps = [Step(PLAN[-1], run.request.base, run.request.tuned[0], on, 3, "text") for on in "ab"]
+    assert [s.on for s in run.choice(PLAN[-1], steps, [scored(*f) for f in found])] == [chosen]
+    assert run.choice(PLAN[-1], [], []) == []
 
 
 # ---------------------------------------------------------------------------- what cannot be done
@@ -317,7 +385,7 @@ SLOW = """
 import dataclasses, sys
 import interp.compare
 module = sys.modules["interp.compare"]
-few = {"token_divergence": 4}
+few = {"token_divergence": 4, "tuco": 4, "tuco_detection": 4}
 module.PLAN = tuple(dataclasses.replace(r, prompts={k: few.get(r.analysis, 2000) for k in r.prompts}) for r in module.PLAN)
 from interp.cli import main
 sys.exit(main(["compare", *sys.argv[1:]]))
@@ -348,4 +416,5 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
     code, out, _ = cli(*words)
     assert code == 0 and out.count("(already there)") == 3 and (tmp_path / "o/report.html").exists()
     assert {p: (p / "result.json").stat().st_mtime_ns for p in whole} == stamps
-    assert {p.parent.name for p in store.saved(results)} == {"pair_check", "weight_delta", "token_divergence", "task_accuracy"}
+    more = {"task_accuracy", "tuco", "tuco_detection"}
+    assert {p.parent.name for p in store.saved(results)} == {"pair_check", "weight_delta", "token_divergence", *more}

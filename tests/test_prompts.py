@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from interp.errors import InputError
 from interp.models.batch import Batch
 from interp.prompts import PromptPairs, Prompts, read_prompts
 from interp.prompts.encoding import answer_tokens, continuations, encode
+from interp.prompts.mixed import mixed
 from interp.tasks import task
 
 AWKWARD = (
@@ -313,3 +315,87 @@ def test_files_that_are_none(plain, tmp_path):
 def test_a_file_of_another_tokenizer_is_refused(plain, tmp_path):
     path = pairs_of(plain).to_jsonl(tmp_path / "p.jsonl")
     assert "tokenizer" in message(PromptPairs.read, path, Reader(tokenizer("metaspace")))
+
+
+# ---- where they come from
+
+
+@pytest.mark.parametrize("which", ["ioi", "boxes(n_boxes=3)", "plain_text", "plain_text(source=prose)", "recitation", "facts"])
+def test_the_first_prompts_are_those_of_a_smaller_n_and_no_others_claim_to_be(which, plain):
+    whole, few = task(which).generate(plain, 7, 2), task(which).generate(plain, 4, 2)
+    assert whole[:4].digest == few.digest and (whole[:4].seed, whole[:4].task) == (2, which) == (few.seed, few.task)
+    assert whole[:4][:2].seed == 2 and whole[0].seed == 2
+    for other in (whole[1:], whole[::2], whole[[1, 0]], whole[[0, 0]], whole[3], whole[1:][:2], whole.split(seed=1)[1]):
+        assert other.seed is None and other.task == which
+    if isinstance(whole, PromptPairs):
+        assert whole.clean.seed == 2 and whole.corrupt.seed is None  # no command makes the counterfactuals alone
+        assert PromptPairs(whole.clean, whole.clean).seed is None and PromptPairs(whole.corrupt, whole.clean).seed is None
+        assert PromptPairs(whole.clean, whole.corrupt).seed == 2 and PromptPairs(whole.clean[:3], whole.corrupt[:3]).seed is None
+
+
+def test_prompts_that_were_changed_have_no_seed(plain):
+    from dataclasses import replace
+
+    prompts = task("ioi").generate(plain, 4).clean
+    assert replace(prompts, task="ioi").seed == 0
+    assert replace(prompts, positions={}).seed is None and replace(prompts, answers=None).seed is None
+
+
+def test_a_file_keeps_the_seed_of_what_is_still_whole(plain, tmp_path):
+    for which in ("ioi", "plain_text"):
+        prompts = task(which).generate(plain, 5, 3)
+        path = prompts.to_jsonl(tmp_path / "prompts.jsonl")
+        lines = path.read_text().splitlines(keepends=True)
+        assert read_prompts(path, plain)[:3].seed == 3
+        for rows in (lines[1:], lines[::-1], [*lines, lines[0]], [re.sub(r', "drawn": "\w+"', "", line) for line in lines]):
+            path.write_text("".join(rows))
+            back = read_prompts(path, plain)
+            assert (back.seed, back.task) == (None, which)
+
+
+def test_a_selection_says_that_no_command_repeats_it(plain):
+    from interp.provenance import _described_input
+
+    pairs = task("ioi").generate(plain, 6)
+    whole, some = (_described_input("x", "prompts", given) for given in (pairs[:4], pairs[2:]))
+    assert (whole["task"], whole["n"], whole["seed"]) == ("ioi", 4, 0) and "some_of" not in whole
+    assert some["some_of"] == "ioi" and "task" not in some and not some["text"]
+
+
+# ---- several sets
+
+
+def test_a_mixture_goes_round_its_sets(plain):
+    ioi, text = task("ioi").generate(plain, 3), task("plain_text").generate(plain, 5)
+    both = mixed({"ioi": ioi, "text": text})
+    assert both.tags == {"set": ("ioi", "text", "ioi", "text", "ioi", "text", "text", "text")} and list(both.positions) == ["END"]
+    for name, one in (("ioi", ioi.clean), ("text", text)):
+        mine = both[[i for i, other in enumerate(both.tags["set"]) if other == name]]
+        assert (mine.texts, mine.ids, mine.contexts) == (one.texts, one.ids, one.contexts)
+    assert mixed({"a": ioi, "b": ioi.corrupt}).positions["S2"] == tuple(
+        x for pair in zip(ioi.clean.positions["S2"], ioi.corrupt.positions["S2"], strict=True) for x in pair
+    )
+    assert both.seed is None and not both.task
+    for bad in ({}, {"": text}):
+        with pytest.raises(InputError, match="each with a name"):
+            mixed(bad)
+
+
+def test_a_mixture_is_written_with_plus_and_replayed(plain, tmp_path):
+    from interp.inputs import Session, checked_prompts
+
+    written, session = "plain_text + ioi + boxes(n_boxes=3)", Session()
+    whole, few = (session.prompts(written, plain, n, 4) for n in (8, 5))
+    assert (whole.task, whole.seed, len(whole)) == (written, 4, 8) and whole[:5].digest == few.digest and whole[:5].seed == 4
+    assert whole.tags["set"][-2:] == ("plain_text", "ioi") and whole[::3].seed is None
+    assert session.prompts(written, plain, 2, 4).task == "plain_text + ioi"
+    own = tmp_path / "a + b.txt"
+    own.write_text("the ring\nthe blue\n")
+    assert session.prompts(str(own), plain).tags == {}
+    mix = session.prompts(f"{own.rename(tmp_path / 'own.txt')} + ioi", plain, 6)
+    assert len(mix) == 5 and mix.seed is None and mix.task == ""
+    for bad, why in (("ioi + ioi", "the same set twice"), ("ioi + iou", "ioi"), ("ioi + nothing.txt", "no file nothing.txt")):
+        with pytest.raises(InputError, match=why):
+            checked_prompts(bad)
+    with pytest.raises(InputError, match="takes no seed"):
+        session.prompts(f"{tmp_path / 'own.txt'} + ioi", plain, 6, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from interp.errors import InputError
 from interp.models import HookedModel, ModelPair
 from interp.organisms.planted import planted
 from interp.prompts import PromptPairs, Prompts
+from interp.prompts.mixed import mixed
 from interp.tasks import task
 
 TEXTS = ["The ring is red", "The blue", "A man went to the market <b>x</b>", "One two three"]
@@ -102,6 +104,50 @@ def test_tables_sentence_and_page(pair, prompts, result) -> None:
     assert [h for h in result.figures()] == ["By layer", "Layers alone", "By prompt"]
     with pytest.raises(InputError, match="per must be"):
         result.to_frame("token")
+
+
+def test_sets_stand_side_by_side(pair, prompts, result) -> None:
+    both = mixed({"<b>few": prompts[:1], "more": prompts[1:], "none": prompts[2:3]})
+    found = tuco(pair, both, output_co=True)
+    assert found.sets == ("<b>few", "more", "none", "more", "more") and found.texts == [TEXTS[i] for i in (0, 1, 2, 2, 3)]
+    torch.testing.assert_close(found.tuco, result.tuco[[0, 1, 2, 2, 3]], **SIZES)
+    means = {name: float(found.tuco[rows].mean()) for name, rows in found.by_set.items()}
+    assert list(means.values()) == sorted(means.values(), reverse=True) and sorted(map(tuple, found.by_set.values())) == [
+        (0,),
+        (1, 3, 4),
+        (2,),
+    ]
+    said = found.summary()
+    assert said.startswith("Mean TuCo is ") and f"{means['more']:.3g} [" in said and "on more (n = 3)" in said
+    assert f"{means['none']:.3g} on none (n = 1)" in said  # one prompt has no interval
+    table, rows = found.to_frame(), found.to_frame("prompt")
+    assert table.set.tolist() == [name for name in means for _ in range(3)]
+    last = table[table.layer == 2].set_index("set").tuco
+    assert last.to_dict() == pytest.approx(means) and rows.set.tolist() == list(found.sets)
+    more = table[table.set == "more"].tuco.tolist()
+    assert more == pytest.approx(result.cumulative[1:].mean(0).tolist(), rel=1e-4)
+    assert found.strongest(2).set.tolist() == [found.sets[int(found.tuco.argmax())], found.sets[int(found.tuco.argmin())]]
+    figures = found.figures()
+    assert list(figures) == ["By prompt set", "By layer", "Layers alone"]
+    *drawn, mean = figures["By prompt set"].data
+    names = figures["By prompt set"].layout.yaxis.ticktext
+    for box, label, members in zip(drawn, names, found.by_set.values(), strict=True):
+        assert list(box.x) == found.tuco[members].tolist() and label.endswith(f"(n = {len(members)})")
+    assert list(mean.x) == pytest.approx(list(means.values()))
+    curves = {t.name: list(t.y) for t in figures["By layer"].data if t.name}
+    assert curves["more"] == pytest.approx(more)
+    page = found.html()
+    assert "<b>few" not in page and "&lt;b&gt;few: TuCo" in page and page.count('class="tokens"') == 5
+    assert page.startswith("<h3>The most and the least tuned prompts")
+
+
+def test_sets_by_a_tag(pair) -> None:
+    text = Prompts.of(pair, TEXTS)
+    text = replace(text, tags={"kind": ("a", "b", "", "a")})
+    found = tuco(pair, text, by="kind")
+    assert found.sets == ("a", "b", "none", "a") and found.meta.settings["by"] == "kind" and not tuco(pair, text).sets
+    with pytest.raises(InputError, match="told apart by 'king'; their tags: kind"):
+        tuco(pair, text, by="king")
 
 
 def test_positions(pair) -> None:

@@ -64,7 +64,7 @@ def test_a_known_auc_and_the_sentence() -> None:
     assert float(found.auc.value) == pytest.approx((4 + 2 + 3.5) / 12)
     assert float(found.auc_of("prompt length").value) == 0.5
     said = found.summary()
-    assert said.startswith("TuCo tells positive (chats) from negative with AUC 0.792 [")
+    assert said.startswith("TuCo tells positive (chats) from the negative prompts with AUC 0.792 [")
     for words in (
         "higher TuCo means positive;",
         "over n = 3",
@@ -129,6 +129,24 @@ def test_tables_and_figures() -> None:
     assert float(torch.trapezoid(torch.tensor(curve.y), torch.tensor(curve.x))) == pytest.approx(float(found.auc.value))
     with pytest.raises(InputError, match="per must be"):
         found.to_frame("set")
+
+
+def test_sets_are_called_what_is_known_of_them(tmp_path) -> None:
+    save_pair(tmp_path)
+    pair = ModelPair.load(tmp_path / "base", tmp_path / "tuned")
+    sets = Prompts.of(pair, ["The ring is red", "The blue"]), Prompts.of(pair, ["A man went", "One two three"])
+    found = tuco_detection(pair, *sets)
+    assert found.sets == ("", "") and found.summary().startswith("TuCo tells the positive prompts from the negative prompts with AUC")
+    assert [b.name for b in found.plot().data] == ["positive", "negative"]
+    asked = task("ioi").generate(pair, 3).clean
+    assert tuco_detection(pair, asked, sets[0]).told_apart == ("positive (ioi)", "the negative prompts")
+
+
+def test_the_length_alone_is_said_where_it_tells_the_sets_apart() -> None:
+    found = result_of([0.5, 0.6], [0.1, 0.2])
+    assert not found.confounded and "take sets of equal lengths" not in found.summary()
+    longer = replace(found, length=torch.tensor([9, 8, 1, 2]))
+    assert longer.confounded and float(longer.by_length.value) == 1 and "take sets of equal lengths" in longer.summary()
 
 
 def test_histograms_count_every_prompt_once() -> None:

@@ -8,6 +8,8 @@ import torch
 
 from interp.analyses.task_accuracy import SIDES, TaskAccuracyResult
 from interp.analyses.token_divergence import TokenDivergenceResult
+from interp.analyses.tuco import TucoResult
+from interp.analyses.tuco_detection import TucoDetectionResult
 from interp.verdict import _join, at_chance, by_pair, cautions, verdict
 
 
@@ -91,6 +93,70 @@ def test_cautions_name_small_samples_rounding_and_what_was_not_asked() -> None:
         items=({"item": "chat template", "status": "note", "says": "only tuned has one"}, {"item": "dtype", "status": "note", "says": "x"}),
     )  # fmt: skip
     assert cautions([check]) == ["far apart", "only tuned has one"]
+
+
+def contribution(shares: list[float], sets: list[str], closure: float = 1e-7, rounding: list[float] | None = None):
+    """Prompts with these TuCos."""
+    n = len(shares)
+    x = torch.tensor(shares, dtype=torch.float64)[:, None]
+    pos = torch.zeros(n, 1, dtype=torch.double)
+    known = {f"{a}_{b}": (1 - x if a == "pre" else x) for a in ("pre", "tuning") for b in ("sum", "layer", "whole", "token")}
+    zero = torch.zeros(n, dtype=torch.long)
+    result = TucoResult(
+        **known, base_output=None, output_change=None, closure=torch.full((n,), closure).double(), floor=torch.tensor([1e-8]).double(),
+        rounding=torch.tensor(rounding or []).double(), ids=pos.long(), scored=zero, answer=zero - 1, vocabulary={0: "x"},
+        sets=tuple(sets), norm="l1", position="END", draw_seed=0, notes=(),
+    )  # fmt: skip
+    return stamped(result, "tuco")
+
+
+def test_tuning_share_is_told_by_set() -> None:
+    sets = [name for name in ("text", "ioi", "boxes") for _ in range(12)]
+    shares = [{"text": 0.1, "ioi": 0.2, "boxes": 0.4}[name] + (0.01 if i % 2 else -0.01) for i, name in enumerate(sets)]
+    (told,) = verdict([contribution(shares, sets)])
+    # the bootstrap of 12 values of +-0.01 has a standard error of 0.01 / sqrt(12) = 0.0029
+    assert told.startswith("Of 3 sets of prompts, tuning wrote most of the stream on boxes (0.4 [0.39")
+    assert "least on text (0.1 [0.09" in told and "n = 12)" in told and cautions([contribution(shares, sets)]) == []
+    alone = contribution(shares[:12], [])
+    alone.meta.inputs = ({"text": "mine.txt"},)
+    assert verdict([alone])[0].startswith("The mean TuCo, tuning's share of what was written into the stream, on mine.txt (0.1 [")
+    (none,) = verdict([contribution([0.0] * 12, [])])
+    assert none == "At the end of no prompt did tuning write more of the stream than rounding (TuCo at most 1e-08)."
+
+
+def test_tuning_share_comes_with_its_cautions() -> None:
+    shares, sets = [0.1] * 12, ["a"] * 9 + ["b"] * 3
+    assert cautions([contribution(shares, sets)]) == ["Small samples: tuco has 3 prompts in its smallest set; --effort full takes more."]
+    assert cautions([contribution(shares, [], rounding=[0.02])]) == [
+        "Tuco: rounding to half precision alone gives TuCo 0.02, and the median prompt has 0.1."
+    ]
+    assert cautions([contribution(shares, [], rounding=[0.001])]) == []
+    (open_,) = cautions([contribution(shares, [], closure=0.05)])
+    assert open_ == "Tuco: what the blocks were seen to write misses the stream by up to 0.05 of it."
+
+
+def detection(apart: float, length: int):
+    """Twenty positives that have so much more TuCo, and are so much longer, than twenty negatives."""
+    spread = torch.arange(20).double() / 1000
+    tuning = torch.cat([0.3 + apart + spread, 0.3 + spread])
+    result = TucoDetectionResult(
+        tuning=tuning, pre=1 - tuning, length=torch.tensor([5 + length] * 20 + [5] * 20), is_positive=torch.arange(40) < 20,
+        base_output=None, output_change=None, closure=torch.zeros(40).double(), floor=torch.zeros(1).double(),
+        rounding=torch.zeros(0).double(), texts=tuple(map(str, range(40))), sets=("boxes", "text"), norm="l1", position="END", draw_seed=0,
+    )  # fmt: skip
+    found = stamped(result, "tuco_detection")
+    found.meta.inputs = ()
+    return found
+
+
+def test_sets_told_apart_by_length_are_a_caution() -> None:
+    (told,) = verdict([detection(0.1, 0)])
+    assert told.startswith("TuCo tells positive (boxes) from negative (text) with AUC 1 [") and told.endswith("] (n = 20 and 20).")
+    (less,) = verdict([detection(-0.1, 0)])
+    assert "with AUC 0 [" in less and "], the first having less of it (n = 20 and 20)." in less
+    assert cautions([detection(0.1, 0)]) == []
+    (longer,) = cautions([detection(0.1, 3)])
+    assert longer.startswith("The length of the prompts alone tells positive (boxes) from negative (text) with AUC 1 [")
 
 
 def test_pairs_are_told_apart_by_their_weights() -> None:

@@ -16,9 +16,10 @@ from interp.models.contribution import scored_position, share
 from interp.models.norms import Norm, base_outputs, contribution_norms, repeated, rounding
 from interp.prompts import PromptPairs, Prompts
 from interp.prompts.asked import Form, as_chats
+from interp.prompts.mixed import SET
 from interp.results import Result, analysis
 from interp.spelling import spelled
-from interp.stats import bootstrap, standard_error
+from interp.stats import Estimate, bootstrap, standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,7 @@ class TucoResult(Result):
         scored: index of the position that is scored.
         answer: index of the first token of the answer, -1 without one.
         vocabulary: id -> text of the tokens that occur.
+        sets: name of the set that each prompt is of; empty where there is only one.
         norm: ``l1`` or ``l2``.
         position: what is scored.
         draw_seed: of the bootstrap.
@@ -79,6 +81,7 @@ class TucoResult(Result):
     scored: Int[Tensor, " prompt"]
     answer: Int[Tensor, " prompt"]
     vocabulary: dict[int, str]
+    sets: tuple[str, ...]
     norm: Norm
     position: str
     draw_seed: int
@@ -134,21 +137,37 @@ class TucoResult(Result):
         """The prompts up to the position that is scored."""
         return ["".join(self.vocabulary[int(i)] for i in row[: int(end) + 1]) for row, end in zip(self.ids, self.scored, strict=True)]
 
+    @property
+    def by_set(self) -> dict[str, list[int]]:
+        """Name -> its prompts, the set with the highest mean TuCo first; empty where there is only one set."""
+        rows = {name: [i for i, other in enumerate(self.sets) if other == name] for name in dict.fromkeys(self.sets)}
+        return dict(sorted(rows.items(), key=lambda entry: -float(self.tuco[entry[1]].mean())))
+
+    def mean_of(self, rows: list[int]) -> Estimate:
+        """Mean TuCo of some prompts, with its interval."""
+        return bootstrap(self.tuco[rows], seed=self.draw_seed)
+
     def summary(self) -> str:
-        """Mean TuCo with its interval, the range over prompts, and how exact it is."""
+        """Mean TuCo with its interval, of every set where there are several; the range over prompts, and how exact it is."""
         x, n = self.tuco, len(self.tuco)
-        found = bootstrap(x, seed=self.draw_seed)
-        interval = f" [{float(found.low):.3g}, {float(found.high):.3g}]" if n > 1 else ""
         spread = f"{float(x.min()):.3g} to {float(x.max()):.3g} over n = {n} prompts" if n > 1 else "one prompt, so no interval"
-        also = f"; beta {float(self.beta.mean()):.3g}"
-        if self.output_co is not None and not self.output_co.isnan().all():
-            also += f", OutputCo {float(self.output_co.nanmean()):.3g}"
+        also = [f"beta {float(self.beta.mean()):.3g}"]
+        if self.output_co is None:
+            also += ["OutputCo with output_co=True"]
+        elif not self.output_co.isnan().all():
+            also += [f"OutputCo {float(self.output_co.nanmean()):.3g}"]
         if not self.answer_tuco.isnan().all():
-            also += f", mean over the tokens of the answers {float(self.answer_tuco.nanmean()):.3g}"
+            also += [f"mean over the tokens of the answers {float(self.answer_tuco.nanmean()):.3g}"]
         return (
-            f"TuCo is {float(found.value):.3g}{interval} on average ({self.norm.upper()} norm, position {self.position}; {spread}{also}; "
+            f"{self._means()} ({self.norm.upper()} norm, position {self.position}; {spread}; {', '.join(also)}; "
             f"closure error at most {float(self.closure.max()):.1g}, {'; '.join([self._exactness(), *self.notes])})"
         )
+
+    def _means(self) -> str:
+        if not self.sets:
+            return f"TuCo is {_told(self.mean_of(list(range(len(self.tuco)))))} on average"
+        told = [f"{_told(self.mean_of(rows))} on {name} (n = {len(rows)})" for name, rows in self.by_set.items()]
+        return f"Mean TuCo is {', '.join(told[:-1]) + ' and ' if told[:-1] else ''}{told[-1]}"
 
     def _exactness(self) -> str:
         if len(self.rounding):
@@ -158,7 +177,7 @@ class TucoResult(Result):
         return f"a batch of another size changes it by {self.numerical_floor:.1g}"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
-        """One row per layer with means over prompts (``tuco`` is cumulative); ``per="prompt"``: one row per prompt.
+        """One row per layer, of every set, with means over prompts (``tuco`` is cumulative); ``per="prompt"``: one row per prompt.
 
         Raises:
             InputError: ``per`` is something else.
@@ -168,54 +187,90 @@ class TucoResult(Result):
         if per not in (None, "prompt"):
             raise InputError(f"per must be 'prompt' or nothing, but it is {per!r}")
         if per:
-            columns: dict[str, Any] = {"prompt": range(len(self.ids)), "text": self.texts}
+            columns: dict[str, Any] = {"prompt": range(len(self.ids)), "text": self.texts} | ({"set": list(self.sets)} if self.sets else {})
             numbers = {"tuco": self.tuco, "preco": self.preco, "beta": self.beta, "output_co": self.output_co}
             numbers |= {"answer_tuco": self.answer_tuco, "closure": self.closure}
             return pd.DataFrame(columns | {k: v.tolist() for k, v in numbers.items() if v is not None})
-        curve = bootstrap(self.cumulative, seed=self.draw_seed)
+        if not self.sets:
+            return self._layers(list(range(len(self.ids))))
+        tables = [self._layers(rows) for rows in self.by_set.values()]
+        for table, name in zip(tables, self.by_set, strict=True):
+            table.insert(0, "set", name)
+        return pd.concat(tables, ignore_index=True)
+
+    def _layers(self, rows: list[int]) -> pd.DataFrame:
+        import pandas as pd
+
+        curve = bootstrap(self.cumulative[rows], seed=self.draw_seed)
         columns = {"layer": range(self.pre_sum.shape[1]), "tuco": curve.value, "low": curve.low, "high": curve.high}
-        columns |= {"tuco_se": standard_error(self.cumulative), "beta": share(self.tuning_whole, self.pre_whole).mean(0)}
-        columns |= {"pre": self.pre_layer.mean(0), "tuning": self.tuning_layer.mean(0)}
+        columns |= {"tuco_se": standard_error(self.cumulative[rows]), "beta": share(self.tuning_whole, self.pre_whole)[rows].mean(0)}
+        columns |= {"pre": self.pre_layer[rows].mean(0), "tuning": self.tuning_layer[rows].mean(0)}
         return pd.DataFrame({k: v.tolist() if isinstance(v, Tensor) else v for k, v in columns.items()})
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
         """The most and the least tuned prompts, half each."""
         import pandas as pd
 
-        order = self.tuco.argsort(descending=True, stable=True).tolist()
-        rows = order if len(order) <= n else [*order[: n - n // 2], *order[len(order) - n // 2 :]]
-        found = {"prompt": rows, "text": [_cut(self.texts[i]) for i in rows], "tuco": self.tuco[rows].tolist()}
+        rows = self._ends(n)
+        found: dict[str, Any] = {"prompt": rows} | ({"set": [self.sets[i] for i in rows]} if self.sets else {})
+        found |= {"text": [_cut(self.texts[i]) for i in rows], "tuco": self.tuco[rows].tolist()}
         found |= {"beta": self.beta[rows].tolist()} | ({} if self.output_co is None else {"output_co": self.output_co[rows].tolist()})
         return pd.DataFrame(found)
 
+    def _ends(self, n: int) -> list[int]:
+        """The most and the least tuned prompts, half each, most first."""
+        order = self.tuco.argsort(descending=True, stable=True).tolist()
+        return order if len(order) <= n else [*order[: n - n // 2], *order[len(order) - n // 2 :]]
+
     def plot(self) -> go.Figure:
-        """TuCo of the sums up to each layer, mean over prompts with its interval."""
+        """TuCo of the sums up to each layer: mean over prompts with its interval, of every set."""
+        title, xlabel = "TuCo of what the layers up to this one have added", "layer"
+        ylabel = f"|FTC| / (|PTC| + |FTC|), {self.norm.upper()}"
+        if self.sets:
+            curves = {name: bootstrap(self.cumulative[rows], seed=self.draw_seed) for name, rows in self.by_set.items()}
+            means, bands = ({k: v.value for k, v in curves.items()}, {k: (v.low, v.high) for k, v in curves.items()})
+            title += "; means with 95 % intervals"
+            return _counted(plots.lines(means, bands=bands, title=title, xlabel=xlabel, ylabel=ylabel, floor=self.numerical_floor))
         curve = bootstrap(self.cumulative, seed=self.draw_seed)
         low, high = self.cumulative.quantile(torch.tensor([0.1, 0.9], dtype=self.cumulative.dtype), dim=0)
         series = {"mean over prompts, 95 % interval": curve.value, "middle 80 % of the prompts": self.cumulative.median(0).values}
-        return plots.lines(
+        made = plots.lines(
             series,
             bands=dict(zip(series, ((curve.low, curve.high), (low, high)), strict=True)),
-            title="TuCo of what the layers up to this one have added",
-            xlabel="layer",
-            ylabel=f"|FTC| / (|PTC| + |FTC|), {self.norm.upper()}",
+            title=title,
+            xlabel=xlabel,
+            ylabel=ylabel,
             floor=self.numerical_floor,
         )
+        return _counted(made)
 
     def figures(self) -> dict[str, go.Figure]:
-        """By layer, by prompt, and along the answers where there are any."""
-        found = {"By layer": self.plot(), "Layers alone": self._norms(), "By prompt": self._by_prompt()}
+        """By set or by prompt, by layer, and along the answers where there are any."""
+        by_layer = {"By layer": self.plot(), "Layers alone": self._norms()}
+        found = {"By prompt set": self._by_set(), **by_layer} if self.sets else {**by_layer, "By prompt": self._by_prompt()}
         return found | ({} if self.answer_tuco.isnan().all() else {"Along the answer": self._along()})
 
     def _norms(self) -> go.Figure:
         series = {"base's blocks, |PTC|": self.pre_layer, "tuning, |FTC|": self.tuning_layer}
         means = {k: bootstrap(v, seed=self.draw_seed) for k, v in series.items()}
-        return plots.lines(
+        made = plots.lines(
             {k: m.value for k, m in means.items()},
             bands={k: (m.low, m.high) for k, m in means.items()},
             title="What each layer adds at the position that is scored",
             xlabel="layer",
             ylabel=f"{self.norm.upper()} norm, mean over prompts",
+        )
+        return _counted(made)
+
+    def _by_set(self) -> go.Figure:
+        estimates = {name: self.mean_of(rows) for name, rows in self.by_set.items()}
+        return plots.boxes(
+            {name: self.tuco[rows] for name, rows in self.by_set.items()},
+            means={name: (float(e.value), float(e.low), float(e.high)) for name, e in estimates.items()},
+            labels={name: [self.texts[i][-80:] for i in rows] for name, rows in self.by_set.items()},
+            title="TuCo of every prompt, set by set; in ink: the mean with its 95 % interval",
+            xlabel=f"TuCo, {self.norm.upper()}",
+            floor=self.numerical_floor,
         )
 
     def _by_prompt(self) -> go.Figure:
@@ -246,24 +301,23 @@ class TucoResult(Result):
 
     def html(self) -> str:
         """The most and the least tuned prompts, each token coloured by TuCo at its prediction; the mark at the end is the next one's."""
-        order = self.tuco.argsort(descending=True, stable=True).tolist()
-        rows = order if len(order) <= 2 * _SHOWN_PROMPTS else [*order[:_SHOWN_PROMPTS], *order[-_SHOWN_PROMPTS:]]
+        rows = self._ends(2 * _SHOWN_PROMPTS)
         top = float(self.by_token[rows].nan_to_num(0.0).max())
         pieces = []
         for row in rows:
             n = int((self.ids[row] >= 0).sum())
             words = [*(self.vocabulary[int(i)] for i in self.ids[row, :n]), "▸"]
             values = torch.cat([torch.full((1,), torch.nan), self.by_token[row, :n]])
-            title = f"Prompt {row}: TuCo {float(self.tuco[row]):.3g}"
+            title = f"Prompt {row}{f', {self.sets[row]}' if self.sets else ''}: TuCo {float(self.tuco[row]):.3g}"
             if self.answer[row] > 0:
                 title += f"; the answer begins at token {int(self.answer[row])}"
             unit = "TuCo at the prediction of this token"
             limits, floor = (0.0, top or 1.0), self.numerical_floor
             pieces.append(plots.coloured_tokens(words, values, difference=False, limits=limits, floor=floor, unit=unit, title=title))
-        return "".join(pieces)
+        return f"<h3>The most and the least tuned prompts, token by token</h3>{''.join(pieces)}"
 
 
-@analysis(version=1)
+@analysis(version=2)
 def tuco(
     pair: ModelPair,
     prompts: Prompts,
@@ -272,6 +326,7 @@ def tuco(
     norm: Norm = "l1",
     chat: Form = "given",
     respond: int = 0,
+    by: str = SET,
     stream: bool = False,
     output_co: bool = False,
     seed: int = 0,
@@ -292,19 +347,22 @@ def tuco(
         norm: ``l1`` as published, or ``l2``.
         chat: prompts as ``given``, or each as a user's message in the tuned model's ``template`` or in ``plain`` lines. Prompts of chat
             tasks have it already.
+        by: name of a tag that tells sets of prompts apart, such as ``kind``; ``set`` is that of a mixture of sets, ``ioi + boxes``.
         respond: let the tuned model answer greedily with so many tokens, and score these too.
         stream: keep the tuned model's stream and read base's blocks from disk one at a time, so that memory holds one model.
         output_co: also run base on its own and compare the final streams; a third forward pass.
         seed: of the bootstrap.
 
     Raises:
-        InputError: a position that is unknown or several tokens, an empty answer, a pair that is loaded one at a time without ``stream``,
-            a base that cannot be streamed, or prompts that do not fit the models.
+        InputError: a position that is unknown or several tokens, no tag ``by``, an empty answer, a pair that is loaded one at a time
+            without ``stream``, a base that cannot be streamed, or prompts that do not fit the models.
     """
     if norm not in ("l1", "l2"):
         raise InputError(f"norm is {norm!r}, expected l1 or l2")
     if isinstance(prompts, PromptPairs):
         raise InputError("tuco reads one text at a time; give the clean or the corrupt prompts of the pairs")
+    if by != SET and by not in prompts.tags:
+        raise InputError(f"prompts cannot be told apart by {by!r}; their tags: {', '.join(prompts.tags) or 'none'}")
     batch = pair.tuned.batch(as_chats(pair.tuned, prompts, chat))
     scored, answer = scored_position(batch, position)
     if respond:
@@ -327,6 +385,7 @@ def tuco(
         scored=scored.cpu(),
         answer=answer,
         vocabulary=dict(zip(known, spelled(pair.tuned, known), strict=True)),
+        sets=tuple(value or "none" for value in prompts.tags.get(by, ())),
         norm=norm,
         position=position,
         draw_seed=seed,
@@ -349,6 +408,18 @@ def _notes(pair: ModelPair) -> tuple[str, ...]:
     if a == b:
         return ()
     return (f"the embedding has {a} rows in base and {b} in tuned; x_0 and the unembedding are the tuned model's",)
+
+
+def _counted(made: go.Figure) -> go.Figure:
+    """Layers are whole numbers, few of which need a tick."""
+    return made.update_xaxes(tickformat="d", nticks=12) if len(list(made.data[-1]["x"])) > 12 else made.update_xaxes(dtick=1)
+
+
+def _told(found: Estimate) -> str:
+    """An estimate, without an interval where a single prompt gives none."""
+    return (
+        f"{float(found.value):.3g}" if found.low.isnan() else f"{float(found.value):.3g} [{float(found.low):.3g}, {float(found.high):.3g}]"
+    )
 
 
 def _cut(text: str) -> str:

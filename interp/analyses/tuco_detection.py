@@ -104,20 +104,19 @@ class TucoDetectionResult(Result):
 
     def summary(self) -> str:
         """The AUC with its interval and orientation, both means, the share found at few false alarms, and the control."""
-        names, counts = self._names, [int(self.is_positive.sum()), int((~self.is_positive).sum())]
+        names, counts = self.told_apart, [int(self.is_positive.sum()), int((~self.is_positive).sum())]
         means = [bootstrap(x, seed=self.draw_seed) for x in self.split(_TUCO)]
         lengths = [x.mean() for x in self.split(_LENGTH)]
-        found, control = self.auc, self.auc_of(_LENGTH)
+        found, control = self.auc, self.by_length
         turned = "" if found.value >= 0.5 else "; it is below one half, so here the positives have less"
-        confounded = abs(control.value - 0.5) >= abs(found.value - 0.5) and float(control.value) != 0.5
-        alike = ", which tells them apart as well: take sets of equal lengths" if confounded else ""
+        alike = ", which tells them apart as well: take sets of equal lengths" if self.confounded else ""
         rate = tpr_at(*self.split(_TUCO), _RATE, seed=self.draw_seed)
         parts = [
             f"higher TuCo means positive{turned}",
             f"mean {_told(means[0])} over n = {counts[0]} against {_told(means[1])} over n = {counts[1]}",
             f"true positive rate {_told(rate)} at {_RATE:.0%} false positives",
             f"control, prompt length alone: AUC {_told(control)}, on average {lengths[0]:.3g} against {lengths[1]:.3g} tokens{alike}",
-            *([] if self.output_co is None else [f"OutputCo alone: AUC {_told(self.auc_of(_OUTPUT))}"]),
+            "OutputCo with output_co=True" if self.output_co is None else f"OutputCo alone: AUC {_told(self.auc_of(_OUTPUT))}",
             f"{self.norm.upper()} norm, position {self.position}",
             f"closure error at most {float(self.closure.max()):.1g}, {self._exactness()}",
         ]
@@ -131,8 +130,32 @@ class TucoDetectionResult(Result):
         )
 
     @property
+    def by_length(self) -> Estimate:
+        """AUC of the length of the prompt alone, the control."""
+        return self.auc_of(_LENGTH)
+
+    @property
+    def confounded(self) -> bool:
+        """The length of the prompt tells the sets apart at least as well as TuCo."""
+        control = float(self.by_length.value)
+        return control != 0.5 and abs(control - 0.5) >= abs(float(self.auc.value) - 0.5)
+
+    @property
+    def told_apart(self) -> tuple[str, str]:
+        """The sets in a sentence."""
+        first, second = self._names
+        return first if self._named[0] else "the positive prompts", second if self._named[1] else "the negative prompts"
+
+    @property
+    def _named(self) -> list[str]:
+        """What is known of each set: its task and how it was rewritten, or what was written for it on the command line."""
+        inputs = () if self.meta is None else self.meta.inputs
+        written = {given["parameter"]: str(given["text"]) for given in inputs}
+        return [name or written.get(side, "") for side, name in zip(("positive", "negative"), self.sets, strict=True)]
+
+    @property
     def _names(self) -> list[str]:
-        return [f"{side} ({name})" if name else side for side, name in zip(("positive", "negative"), self.sets, strict=True)]
+        return [f"{side} ({name})" if name else side for side, name in zip(("positive", "negative"), self._named, strict=True)]
 
     @property
     def _set(self) -> list[str]:

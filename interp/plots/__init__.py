@@ -10,6 +10,8 @@ functions here take plain text and escape it, and labelled axes are integers wit
 :func:`token_axis`). They take tensors, arrays and lists alike.
 """
 
+from interp.plots.boxes import boxes
+from interp.plots.circuit import layered_graph
 from interp.plots.colours import BASE, DIFFERENCE, FLOOR, INK, MAGNITUDE, OTHERS, TUNED, colour, shade
 from interp.plots.figures import bars, heatmap, lines, scatter
 from interp.plots.frame import FONT, HEIGHT, MONO, axis, figure, template, token_axis
@@ -29,12 +31,14 @@ __all__ = [
     "TUNED",
     "axis",
     "bars",
+    "boxes",
     "colour",
     "coloured_tokens",
     "escape",
     "figure",
     "heatmap",
     "label",
+    "layered_graph",
     "lines",
     "scatter",
     "shade",

@@ -38,12 +38,17 @@ def colour(series: str, index: int = 0) -> str:
 
 def symbol(series: str, index: int = 0) -> str:
     """Marker of a series, as for its colour."""
-    return MARKERS.get(series, _SYMBOLS[index % len(_SYMBOLS)])
+    return MARKERS.get(series, _SYMBOLS[_shifted(index) % len(_SYMBOLS)])
 
 
 def dash(series: str, index: int = 0) -> str:
     """Stroke of a series, as for its colour."""
-    return DASHES.get(series, _STROKES[index % len(_STROKES)])
+    return DASHES.get(series, _STROKES[_shifted(index) % len(_STROKES)])
+
+
+def _shifted(index: int) -> int:
+    """Where colours begin again, their markers and strokes are others than the first time."""
+    return index + index // len(OTHERS)
 
 
 def ranks(names: list[str]) -> dict[str, int]:

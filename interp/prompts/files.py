@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from interp.errors import InputError
 from interp.prompts.encoding import Encoded, Tokenizing, answer_tokens, encode
 
-KEYS = ("text", "ids", "positions", "spans", "answer", "distractor", "options", "target", "context", "tags", "task", "seed")
+KEYS = ("text", "ids", "positions", "spans", "answer", "distractor", "options", "target", "context", "tags", "task", "seed", "drawn")
 """What a line of a prompts file may hold; only ``text`` is required."""
 
 COLUMNS = {"answer": "answers", "distractor": "distractors", "options": "options", "target": "targets", "context": "contexts"}
@@ -89,7 +89,9 @@ def columns(model: Tokenizing, lines: Sequence[tuple[int, Any]], source: str) ->
         "positions": {name: tuple(p[name] for p in places) for name in places[0]},
         "tags": {name: tuple(t[name] for t in tags) for name in tags[0]},
         "task": rows[0].get("task", ""),
-        "seed": rows[0].get("seed"),
+        # Without a digest nobody knows whether these lines are still what the task made.
+        "seed": rows[0].get("seed") if rows[0].get("drawn") else None,
+        "drawn": rows[0].get("drawn", ""),
     }
 
 
@@ -109,7 +111,7 @@ def _checked(value: Any, number: int, source: str) -> dict[str, Any]:
         raise InputError(f"{where} has no text")
     kinds: dict[str, type | tuple[type, ...]] = {
         "target": str, "context": str, "task": str, "tags": dict, "positions": dict, "spans": dict, "ids": list,
-        "answer": (str, int), "distractor": (str, int), "options": list, "seed": int,
+        "answer": (str, int), "distractor": (str, int), "options": list, "seed": int, "drawn": str,
     }  # fmt: skip
     for key, kind in kinds.items():
         found = value.get(key)

@@ -38,7 +38,8 @@ class Prompts:
         contexts: prompts with the same context are kept together by ``split``.
         tags: what to group by: name -> value per prompt.
         task: text form of the task they come from, or "".
-        seed: of the task, or None.
+        seed: of the task, or None where the task does not make exactly these: of a selection, or of what was changed since.
+        drawn: digest of what the task made with that seed.
     """
 
     texts: tuple[str, ...]
@@ -52,9 +53,10 @@ class Prompts:
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     task: str = ""
     seed: int | None = None
+    drawn: str = ""
 
     def __post_init__(self) -> None:
-        """Add END and contexts, and check that everything has an entry per prompt."""
+        """Add END and contexts, check that everything has an entry per prompt, and drop a seed that makes other prompts."""
         n = len(self.texts)
         if not n:
             raise InputError("there are no prompts")
@@ -74,6 +76,12 @@ class Prompts:
             for number, (row, ids) in enumerate(zip(rows, self.ids, strict=True)):
                 if any(not 0 <= i < len(ids) for i in row):
                     raise InputError(f"position {name} of prompt {number} is {list(row)}, but the prompt has {len(ids)} tokens")
+        if self.seed is not None:
+            now = self.digest
+            if self.drawn in ("", now):
+                object.__setattr__(self, "drawn", now)
+            else:
+                object.__setattr__(self, "seed", None)
 
     @classmethod
     def of(
@@ -109,7 +117,7 @@ class Prompts:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Self:
-        """Some of the prompts."""
+        """Some of the prompts; the first ones are what their task makes when it is asked for fewer."""
         rows = _rows(which, len(self))
 
         def take(column: Any) -> Any:
@@ -117,7 +125,9 @@ class Prompts:
 
         taken = {f: take(getattr(self, f)) for f in ("texts", "ids", "answers", "distractors", "options", "targets", "contexts")}
         places = {name: take(column) for name, column in self.positions.items()}
-        return replace(self, **taken, positions=places, tags={name: take(column) for name, column in self.tags.items()})
+        taken |= {"positions": places, "tags": {name: take(column) for name, column in self.tags.items()}}
+        first = rows == list(range(len(rows)))
+        return replace(self, **taken, seed=self.seed if first else None, drawn="" if first else self.drawn)
 
     def batch(self) -> Batch:
         """The prompts as a right-padded batch."""
@@ -141,8 +151,8 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """sha256 of everything but the names of task and seed: the same for the same content."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("task", "seed")}
+        """sha256 of everything but where it comes from: the same for the same content."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("task", "seed", "drawn")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def records(self) -> list[dict[str, Any]]:
@@ -152,7 +162,8 @@ class Prompts:
         for i, text in enumerate(self.texts):
             row: dict[str, Any] = {"text": text, "ids": self.ids[i], "positions": {k: v[i] for k, v in self.positions.items()}}
             row |= {name: column[i] for name, column in optional.items() if column is not None}
-            row |= {"context": self.contexts[i], "tags": {k: v[i] for k, v in self.tags.items()}, "task": self.task, "seed": self.seed}
+            row |= {"context": self.contexts[i], "tags": {k: v[i] for k, v in self.tags.items()}}
+            row |= {"task": self.task, "seed": self.seed} | ({"drawn": self.drawn} if self.drawn else {})
             rows.append(row)
         return rows
 
@@ -195,6 +206,12 @@ class PromptPairs:
             only = sorted(set(self.clean.positions) ^ set(self.corrupt.positions))
             raise InputError(f"clean and corrupt prompts name different positions: {', '.join(only)} on one side only")
 
+    @classmethod
+    def of_task(cls, clean: Prompts, corrupt: Prompts) -> Self:
+        """Pairs as their task makes them; the counterfactuals alone are nothing that a command of the task makes."""
+        bare = replace(corrupt, seed=None)
+        return cls(clean, replace(bare, drawn=cls(clean, bare).digest))
+
     @property
     def answers(self) -> tuple[int, ...] | None:
         """Answers of the clean prompts."""
@@ -222,8 +239,8 @@ class PromptPairs:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the task, or None."""
-        return self.clean.seed
+        """Seed of the task, or None where the task does not make exactly these pairs."""
+        return self.clean.seed if self.corrupt.drawn == self.digest else None
 
     @property
     def aligned(self) -> bool:
@@ -240,7 +257,9 @@ class PromptPairs:
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Self:
         """Some of the pairs."""
-        return replace(self, clean=self.clean[which], corrupt=self.corrupt[which])
+        clean, corrupt = self.clean[which], self.corrupt[which]
+        first = self.seed is not None and clean.seed is not None
+        return type(self).of_task(clean, corrupt) if first else replace(self, clean=clean, corrupt=corrupt)
 
     def split(self, by: str = "context", seed: int = 0, fraction: float = 0.5) -> tuple[Self, Self]:
         """Two disjoint parts, as ``Prompts.split`` of the clean prompts."""

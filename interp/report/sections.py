@@ -54,7 +54,7 @@ def _headings(results: Sequence[Result]) -> list[str]:
 
 def _subject(meta: Meta) -> str:
     models = " → ".join(m["name"] for m in meta.models)
-    inputs = [i.get("task") or i["text"] or f"{i['kind']} {i['digest'][:8]}" for i in meta.inputs]
+    inputs = [i.get("task") or i["text"] or f"{i.get('some_of') or i['kind']} {i['digest'][:8]}" for i in meta.inputs]
     return ", ".join([*([models] if models else []), *map(str, inputs)])
 
 

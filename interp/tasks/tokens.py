@@ -119,7 +119,7 @@ def prompts_of(model: Tokenizing, examples: Sequence[Example], rules: Rules, tas
     others = [e.corrupt for e in examples if e.corrupt is not None]
     if not others:
         return clean
-    pairs = PromptPairs(clean, _prompts(model, others, rules, task, seed))
+    pairs = PromptPairs.of_task(clean, _prompts(model, others, rules, task, seed))
     if rules.aligned:
         for i, (a, b) in enumerate(zip(clean.ids, pairs.corrupt.ids, strict=True)):
             if len(a) != len(b):
