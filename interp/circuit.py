@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from interp.errors import InputError
 from interp.names import unknown
 from interp.sites import HeadGroup, Heads, Site
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FORMAT = 1
 SENDERS = ("embed", "z", "mlp_out")
@@ -128,8 +131,9 @@ class Circuit:
         for edge in self.edges:
             self._within(edge.sender)
             self._within(edge.receiver)
+        there = set(self.nodes)
         for node, role in self.roles.items():
-            if node not in self.nodes:
+            if node not in there:
                 raise InputError(f"{node} has the role {role!r} but is no node of the circuit")
             HeadGroup(((0, 0),), name=role)  # a role is the name of a group of heads
         known = {*self.nodes, *self.edges}
@@ -179,6 +183,21 @@ class Circuit:
         if not groups:
             raise InputError(f"the circuit has no attention heads{'' if role is None else f' with the role {role!r}'}")
         return Heads(tuple(HeadGroup(tuple(heads), position, name) for (name, position), heads in groups.items()))
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A layered graph: layers from bottom to top, positions side by side, colours by role, edges as wide as their score is large.
+
+        Args:
+            title: plain text; by default it counts nodes and edges.
+
+        Raises:
+            InputError: there is nothing to draw.
+        """
+        from interp.plots import layered_graph
+
+        if not self.nodes and not self.edges:
+            raise InputError("an empty circuit has nothing to draw")
+        return layered_graph(self, title)
 
     def check(self, shape: Sized) -> Self:
         """The circuit, if a model of this shape can have it.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from interp.prompts import Prompts
+    from interp.sites import Site
 
 
 class Set(NamedTuple):
@@ -154,3 +158,85 @@ def part(x: Tensor, component: str, head: int | None, pos: int | None) -> Tensor
     if component == "pattern":
         return x[every, where]
     return x[where, every] if component in ("q", "k", "v", "z") else x[where]
+
+
+def _tokens(prompts: Prompts, position: str | int | None, row: int) -> list[int]:
+    if position is None:
+        return list(range(len(prompts.ids[row])))
+    return list(prompts.positions[position][row]) if isinstance(position, str) else [position]
+
+
+def _at_input(stack: ExitStack, hf: nn.Module, receiver: Site, change: Any) -> None:
+    """Read or overwrite what a receiver reads: [pos head d_head], or the input of an MLP behind its norm."""
+    if receiver.component == "resid_mid":
+        _before(stack, _parts(hf, receiver.layer or 0)[3], lambda x: change(x[0]))
+    else:
+        stack.enter_context(hooked(hf, receiver.component, receiver.layer or 0, change))
+
+
+def path_patched(
+    hf: Any,
+    into: Prompts,
+    source: Prompts,
+    senders: list[Any],
+    receivers: list[Any],
+    freeze_mlps: bool = False,
+    only_at: str | None = None,
+    rows: range | None = None,
+) -> Tensor:
+    """The last logits of every path by the book, [sender receiver prompt vocab]: one prompt at a time, four runs each."""
+    found = [_path_row(hf, into, source, row, senders, receivers, freeze_mlps, only_at) for row in rows or range(len(into))]
+    return torch.stack(found, dim=2)
+
+
+def _path_row(
+    hf: Any, into: Prompts, source: Prompts, row: int, senders: list[Any], receivers: list[Any], freeze_mlps: bool, only_at: str | None
+) -> Tensor:
+    layers, ids = range(hf.config.num_hidden_layers), torch.tensor([into.ids[row]])
+    held = [(c, i) for c in ("z", *(["mlp_out"] if freeze_mlps else [])) for i in layers]
+    first = seen(hf, into.ids[row], held)
+    where = {s: ("resid_pre", 0) if s.component == "embed" else (s.component, s.layer or 0) for group in senders for s in group}
+    second = seen(hf, source.ids[row], list(dict.fromkeys(where.values())))
+    inner = [r for group in receivers for r in group if r.component != "resid_post"]
+    out = []
+    for group in senders:
+        read: dict[Site, Tensor] = {}
+
+        def hold(x: Tensor, what: tuple[str, int], group: Any = group) -> None:
+            if what in held:
+                some: Any = slice(None) if only_at is None else _tokens(into, only_at, row)
+                x[some] = first[what][some]
+            for s in (s for s in group if where[s] == what):
+                head: Any = () if s.head is None else (s.head,)
+                for a, b in zip(_tokens(into, s.position, row), _tokens(source, s.position, row), strict=True):
+                    x[(a, *head)] = second[what][(b, *head)]
+
+        with torch.no_grad(), ExitStack() as stack:
+            for r in dict.fromkeys(inner):
+                _at_input(stack, hf, r, lambda x, r=r, read=read: read.__setitem__(r, x.clone()))
+            for what in dict.fromkeys([*held, *(where[s] for s in group)]):
+                stack.enter_context(hooked(hf, *what, lambda x, what=what, hold=hold: hold(x, what)))
+            third = hf(ids, use_cache=False).logits[0, -1]
+        last = []
+        for readers in receivers:
+            if readers[0].component == "resid_post":
+                last.append(third)
+                continue
+
+            def receive(x: Tensor, r: Site, read: Any = read) -> None:
+                head: Any = () if r.head is None else (r.head,)
+                for t in _tokens(into, r.position, row):
+                    x[(t, *head)] = read[r][(t, *head)]
+
+            with torch.no_grad(), ExitStack() as stack:
+                for r in readers:
+                    _at_input(stack, hf, r, lambda x, r=r, receive=receive: receive(x, r))
+                last.append(hf(ids, use_cache=False).logits[0, -1])
+        out.append(torch.stack(last))
+    return torch.stack(out)
+
+
+def difference(logits: Tensor, into: Prompts) -> Tensor:
+    """Logit differences of [... prompt vocab]."""
+    rows = torch.arange(logits.shape[-2])
+    return logits[..., rows, torch.tensor(into.answers)[rows]] - logits[..., rows, torch.tensor(into.distractors)[rows]]

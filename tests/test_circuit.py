@@ -14,6 +14,7 @@ import pytest
 
 from interp.circuit import Circuit, Edge
 from interp.errors import InputError
+from interp.plots.circuit import _curve, _layout, _readers
 from interp.sites import Site
 
 MODEL = (4, 6, 3)
@@ -192,3 +193,81 @@ def test_no_damage_to_a_file_raises_anything_else(tmp_path):
             assert "\n" not in str(e)
             outcomes.add(InputError)
     assert outcomes == {Circuit, InputError}
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+
+
+def drawn(circuit: Circuit) -> dict[str, tuple[float, float]]:
+    """What stands in a node -> where, of all nodes."""
+    return {t: (x, y) for f in circuit.plot().data if f.mode == "markers+text" for t, x, y in zip(f.text, f.x, f.y, strict=True)}
+
+
+def test_a_circuit_is_drawn_layer_by_layer_and_position_by_position():
+    at = drawn(IOI)
+    assert {k: y for k, (_, y) in at.items()} == {"embed": 0, "L1H4": 1, "L2H0": 2, "L2H1": 2, "L3H5": 3, "logits": 4}
+    assert max(at[k][0] for k in ("embed", "L1H4")) < min(at[k][0] for k in ("L2H0", "L2H1", "L3H5", "logits")), "END stands at the right"
+    figure = IOI.plot("Two names")
+    assert list(figure.layout.xaxis.ticktext) == ["S2", "END"] and figure.layout.title.text == "Two names"
+    assert list(figure.layout.yaxis.ticktext) == ["embed", "L1", "L2", "L3", "logits"]
+    names = [f.name for f in figure.data if f.name]
+    assert names == ["into q", "into v", "into the logits", "input", "duplicate", "inhibition", "mover", "only reads"]
+
+
+def test_edges_lead_to_the_nodes_that_read():
+    """Key/value head 0 is that of query heads 0 and 1; a query is read by its own head alone."""
+    ends = {str(e): [str(n) for n in _readers(IOI, e)] for e in IOI.edges}
+    assert ends == {
+        "embed@S2 -> L1H4.q@S2": ["L1H4.z@S2"],
+        "L1H4.z@S2 -> L2H0.v@S2": ["L2H0.z@END", "L2H1.z@END"],
+        "L2H0.z@END -> L3H5.q@END": ["L3H5.z@END"],
+        "L3H5.z@END -> L3.resid_post@END": ["L3.resid_post@END"],
+    }
+    loose = Circuit.of(MODEL, {}, ["embed -> L1H4.q", "embed -> L1H2.k", "embed -> L2.resid_mid", "embed -> L3.resid_post"])
+    assert [[str(n) for n in _readers(loose, e)] for e in loose.edges] == [["L1H4.z"], ["L1H2.k"], ["L2.mlp_out"], ["L3.resid_post"]]
+    assert set(drawn(loose)) == {"embed", "L1H4", "L1kv2", "MLP", "logits"}
+    same = {"L1H4.z@S2": "duplicate", "L1H4.z@END": "mover"}
+    both = Circuit.of(MODEL, {role: n for n, role in same.items()}, ["embed@S2 -> L1H4.q@S2", "embed@END -> L1H4.q@END"])
+    read = {str(e.receiver): [str(n) for n in _readers(both, e)] for e in both.edges}
+    assert read["L1H4.q@END"] == ["L1H4.z@END"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 26, 80, 200])
+def test_names_do_not_overlap(count):
+    """At the usual width of 900 pixels every two nodes are nearly a node apart."""
+    draws = random.Random(count)
+    heads = draws.sample([(i, h) for i in range(12) for h in range(40)], count)
+    nodes = tuple(Site("z", i, h, draws.choice(("S2", "END", None))) for i, h in heads)
+    figure = Circuit((12, 40, 40), nodes).plot()
+    layout, size = _layout(nodes), figure.data[-1].marker.size
+    wide, tall = 900 / (figure.layout.xaxis.range[1] - figure.layout.xaxis.range[0]), (figure.layout.height - 130) / len(layout.rows)
+    places = [(x * wide, y * tall) for x, y in layout.at.values()]
+    for i, (x, y) in enumerate(places):
+        for u, v in places[:i]:
+            assert (x - u) ** 2 + (y - v) ** 2 >= (0.9 * size) ** 2
+    assert 14 <= size <= 36 and figure.data[-1].textfont.size >= 6
+
+
+def test_width_follows_the_score_and_sign_and_texts_are_escaped():
+    scores = dict(zip(IOI.edges, (4.0, -1.0, 2.0, 0.1), strict=True))
+    figure = replace(IOI, scores=scores).plot("<b>a & b</b>")
+    lines = [f for f in figure.data if f.mode == "lines" and f.x[0] is not None]
+    assert [f.line.dash for f in lines] == ["solid" if f.legendgroup != "v" else "dot" for f in lines]
+    widths = {f.legendgroup: f.line.width for f in lines}
+    assert widths["resid_post"] == widths["v"] < max(widths.values()) and "negative score" in [f.name for f in figure.data]
+    assert figure.layout.title.text == "&lt;b&gt;a &amp; b&lt;/b&gt;"
+    told = [t for f in figure.data if f.customdata is not None for t in f.customdata]
+    assert "L1H4.z@S2 -&gt; L2H0.v@S2<br>score: -1" in told and "L2H0.z@END<br>role: inhibition<br>edges from here: 1" in told
+
+
+def test_curves_go_from_node_to_node_and_around_what_stands_between():
+    for start, end in (((0.0, 0.0), (3.0, 1.0)), ((1.0, 0.0), (1.0, 4.0))):
+        way = _curve(start, end)
+        assert way[0] == start and way[-1] == pytest.approx(end)
+        assert all(b[1] > a[1] for a, b in zip(way, way[1:], strict=False))
+    assert max(x for x, _ in _curve((1.0, 0.0), (1.0, 4.0))) > 1.2 and max(x for x, _ in _curve((1.0, 0.0), (1.0, 1.0))) == 1
+
+
+def test_an_empty_circuit_is_not_drawn():
+    with pytest.raises(InputError, match="empty circuit"):
+        (IOI - IOI).plot()

@@ -12,21 +12,30 @@ import pytest
 from tiny_pairs import pair_of_prompts, save_pair, written
 
 from interp.analyses import ANALYSES, find
+from interp.circuit import Circuit
 from interp.cli import main
 from interp.cli.parsers import run_parser
 from interp.cli.signatures import MODELS, PROMPTS, signature
 from interp.cli.values import convert, text_of
 
 ARTEFACTS = ("Circuit", "Factors", "Capture", "Result")
-HEAVY = {"n": 6, "resamples": 20, "sites": ("resid_pre", "z")}
+HEAVY = {"n": 6, "resamples": 20, "draws": 2, "sites": ("resid_pre", "z")}
 """Settings that are turned down where an analysis has them."""
+
+ASKED = {"circuit_repair": "ioi"}
+"""Analyses whose prompts must be of a task: they need options, and where these stand."""
+
+CIRCUITS = {"circuit.json": {"inhibition": "L1H0.z@END", "mover": "L2H3.z@END"}, "other.json": {"mover": ("L2H1.z@END", "L2H3.z@END")}}
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("contract")
     save_pair(place)
-    written(place / "pairs.jsonl", *[pair_of_prompts()] * 3)
+    things = ("ring", "cup", "ball", "book", "hat", "box")  # as many contexts as a search for a circuit asks for
+    written(place / "pairs.jsonl", *[pair_of_prompts(f"The {thing} is red", f"The {thing} is blue") for thing in things])
+    for name, roles in CIRCUITS.items():
+        Circuit.of((3, 4, 2), roles).save(place / name)
     return place
 
 
@@ -45,6 +54,7 @@ def inputs(folder):
         "Prompts": task("plain_text").generate(pair, 4),
         "PromptPairs": pairs,
         "Task": task("ioi"),
+        "Circuit": Circuit.load(folder / "circuit.json"),
     }
 
     def given(name: str) -> list[object]:
@@ -52,7 +62,10 @@ def inputs(folder):
         for parameter in signature(name).inputs:
             known = [value for kind, value in by_class.items() if kind in parameter.names]
             assert known, f"say in this fixture what to hand to {name} as {parameter.name}"
-            made.append(known[-1] if known[-1] not in made else task("plain_text").generate(pair, 5, seed=1))  # a second set of prompts
+            if name in ASKED and parameter.names & set(PROMPTS):
+                known = [task(ASKED[name]).generate(pair, 6)]
+            second = Circuit.load(folder / "other.json") if "Circuit" in parameter.names else task("plain_text").generate(pair, 5, seed=1)
+            made.append(known[-1] if known[-1] not in made else second)
         return made
 
     return given
@@ -168,7 +181,7 @@ def test_the_same_call_gives_the_same_numbers_and_leaves_the_models_alone(name: 
     from interp.result_files import encode
 
     given = inputs(name)
-    models = [m.wrapped.source for _, m in given[0].sides()] if hasattr(given[0], "sides") else [given[0].wrapped.source]
+    models = [m.wrapped.source for _, m in given[0].sides()] if hasattr(given[0], "sides") else []
 
     def state() -> list[object]:
         parts = [part for model in models for part in model.modules()]
@@ -187,8 +200,11 @@ def test_the_command_of_a_result_runs_and_repeats_it(name: str, folder, monkeypa
     monkeypatch.chdir(folder)
     of = signature(name)
     words = ["run", name, "--out", str(tmp_path)]
-    words += ["--base=base", "--tuned=tuned"] if any("ModelPair" in p.names for p in of.inputs) else ["--model=base"]
-    if of.of_kind(*PROMPTS):
+    words += ["--base=base", "--tuned=tuned"] if of.of_kind("ModelPair") else ["--model=base"] if of.of_kind("HookedModel") else []
+    words += [f"--{p.name.replace('_', '-')}={file}" for p, file in zip(of.of_kind("Circuit"), CIRCUITS, strict=False)]
+    if name in ASKED:
+        words += [f"--task={ASKED[name]}", "--prompts-n=6"]
+    elif of.of_kind(*PROMPTS):
         words += [f"--{p.name}={file}" for p, file in zip(of.of_kind(*PROMPTS), ("pairs.jsonl", "plain_text"), strict=False)]
     elif of.of_kind("Task"):
         words.append("--task=ioi")

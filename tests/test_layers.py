@@ -21,6 +21,7 @@ LAYERS = {
             "data_files",
             "sites",
             "circuit",
+            "stages",
             "edits",
             "plots",
             "results",
@@ -34,7 +35,7 @@ LAYERS = {
     ),
     **dict.fromkeys(["models", "organisms"], 1),
     **dict.fromkeys(["prompts", "tasks"], 2),
-    **dict.fromkeys(["metrics", "sweeps", "spelling"], 3),
+    **dict.fromkeys(["metrics", "sweeps", "spelling", "roles"], 3),
     # What trains and measures the organisms asks them the tasks; the organisms themselves are files.
     **dict.fromkeys(["organisms.recipes", "organisms.measure", "organisms.handmade"], 3),
     "analyses": 5,

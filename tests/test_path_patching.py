@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import plain_hooks
 import pytest
 import torch
-from tiny_checkpoints import FOUR, tiny
+from plain_hooks import difference, path_patched
+from tiny_checkpoints import FOUR, sharp
 from torch import Tensor, nn
 
 from interp.analyses.path_patching import PathPatchingResult, path_patching
@@ -44,17 +44,6 @@ DIFF = Metric.parse("logit_diff").reader(WORLD["clean"])
 EPS = torch.finfo(torch.float32).eps
 
 
-def sharp(kind: str, **changes: Any) -> Any:
-    """A tiny model whose attention is not nearly uniform, or queries and keys would hardly matter."""
-    model: Any = tiny(kind, seed=1, **changes)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if any(part in name for part in ("c_attn.weight", "query_key_value.weight", "q_proj.weight", "k_proj.weight")):
-                p.mul_(1.5)
-    return model
-
-
 @pytest.fixture(scope="module", params=FOUR)
 def hf(request: pytest.FixtureRequest) -> nn.Module:
     return sharp(request.param)
@@ -68,88 +57,6 @@ def model(hf: nn.Module) -> HookedModel:
 @pytest.fixture(scope="module")
 def llama() -> HookedModel:
     return HookedModel.load(sharp("llama"))
-
-
-def tokens(prompts: Prompts, site: Site, row: int) -> list[int]:
-    if site.position is None:
-        return list(range(len(prompts.ids[row])))
-    return list(prompts.positions[site.position][row]) if isinstance(site.position, str) else [site.position]
-
-
-def at_input(stack: ExitStack, hf: nn.Module, receiver: Site, change: Any) -> None:
-    """Read or overwrite what a receiver reads: [pos head d_head], or the input of an MLP behind its norm."""
-    if receiver.component == "resid_mid":
-        plain_hooks._before(stack, plain_hooks._parts(hf, receiver.layer or 0)[3], lambda x: change(x[0]))
-    else:
-        stack.enter_context(plain_hooks.hooked(hf, receiver.component, receiver.layer or 0, change))
-
-
-def literal(
-    hf: Any,
-    into: Prompts,
-    source: Prompts,
-    senders: list[Any],
-    receivers: list[Any],
-    freeze_mlps: bool = False,
-    only_at: str | None = None,
-    rows: range | None = None,
-) -> Tensor:
-    """The last logits of every path by the book, [sender receiver prompt vocab]: one prompt at a time, four runs each."""
-    found = [_literal_row(hf, into, source, row, senders, receivers, freeze_mlps, only_at) for row in rows or range(len(into))]
-    return torch.stack(found, dim=2)
-
-
-def _literal_row(
-    hf: Any, into: Prompts, source: Prompts, row: int, senders: list[Any], receivers: list[Any], freeze_mlps: bool, only_at: str | None
-) -> Tensor:
-    layers, ids = range(hf.config.num_hidden_layers), torch.tensor([into.ids[row]])
-    held = [(c, i) for c in ("z", *(["mlp_out"] if freeze_mlps else [])) for i in layers]
-    first = plain_hooks.seen(hf, into.ids[row], held)
-    where = {s: ("resid_pre", 0) if s.component == "embed" else (s.component, s.layer or 0) for group in senders for s in group}
-    second = plain_hooks.seen(hf, source.ids[row], list(dict.fromkeys(where.values())))
-    inner = [r for group in receivers for r in group if r.component != "resid_post"]
-    out = []
-    for group in senders:
-        read: dict[Site, Tensor] = {}
-
-        def hold(x: Tensor, what: tuple[str, int], group: Any = group) -> None:
-            if what in held:
-                some: Any = slice(None) if only_at is None else tokens(into, Site("z", 0, position=only_at), row)
-                x[some] = first[what][some]
-            for s in (s for s in group if where[s] == what):
-                head: Any = () if s.head is None else (s.head,)
-                for a, b in zip(tokens(into, s, row), tokens(source, s, row), strict=True):
-                    x[(a, *head)] = second[what][(b, *head)]
-
-        with torch.no_grad(), ExitStack() as stack:
-            for r in dict.fromkeys(inner):
-                at_input(stack, hf, r, lambda x, r=r, read=read: read.__setitem__(r, x.clone()))
-            for what in dict.fromkeys([*held, *(where[s] for s in group)]):
-                stack.enter_context(plain_hooks.hooked(hf, *what, lambda x, what=what, hold=hold: hold(x, what)))
-            third = hf(ids, use_cache=False).logits[0, -1]
-        last = []
-        for readers in receivers:
-            if readers[0].component == "resid_post":
-                last.append(third)
-                continue
-
-            def receive(x: Tensor, r: Site, read: Any = read) -> None:
-                head: Any = () if r.head is None else (r.head,)
-                for t in tokens(into, r, row):
-                    x[(t, *head)] = read[r][(t, *head)]
-
-            with torch.no_grad(), ExitStack() as stack:
-                for r in readers:
-                    at_input(stack, hf, r, lambda x, r=r, receive=receive: receive(x, r))
-                last.append(hf(ids, use_cache=False).logits[0, -1])
-        out.append(torch.stack(last))
-    return torch.stack(out)
-
-
-def difference(logits: Tensor, into: Prompts = WORLD["clean"]) -> Tensor:
-    """Logit differences of [... prompt vocab]."""
-    rows = torch.arange(logits.shape[-2])
-    return logits[..., rows, torch.tensor(into.answers)[rows]] - logits[..., rows, torch.tensor(into.distractors)[rows]]
 
 
 def groups(*texts: str) -> list[tuple[Site, ...]]:
@@ -170,7 +77,7 @@ def swept(model: HookedModel, source: str, senders: Any, receivers: Any, **setti
 
 def agree(got: Paths, logits: Tensor) -> None:
     """To 8 eps of the largest logit, and to the bit where nothing arrives."""
-    want = difference(logits)
+    want = difference(logits, WORLD["clean"])
     torch.testing.assert_close(got.values, want, atol=8 * EPS * float(logits.abs().max()), rtol=0)
     assert torch.equal(got.values[got.blocked != 0], got.start.expand_as(got.values)[got.blocked != 0])
     effect = (want - got.start).abs().amax(-1)[got.blocked == 0]
@@ -183,7 +90,7 @@ def test_named_positions_agree_with_four_plain_runs(hf: nn.Module, model: Hooked
     got = swept(model, "other", SENDERS, receivers, freeze_mlps=freeze_mlps)
     assert got.notes == () and got.checked == 2 and got.deviation <= 4 * got.floor < 1e-5
     assert 3 < int((got.blocked != 0).sum()) < 60
-    agree(got, literal(hf, WORLD["clean"], WORLD["other"], SENDERS, receivers, freeze_mlps))
+    agree(got, path_patched(hf, WORLD["clean"], WORLD["other"], SENDERS, receivers, freeze_mlps))
 
 
 def test_whole_prompts_agree_with_four_plain_runs(hf: nn.Module, model: HookedModel) -> None:
@@ -192,7 +99,7 @@ def test_whole_prompts_agree_with_four_plain_runs(hf: nn.Module, model: HookedMo
     receivers = groups("L2.resid_post@END", "L2H3.q", "L1H1.k", "L2H0.v", "L1.resid_mid", "L1H2.q L2H1.k@S")
     got = swept(model, "same", senders, receivers)
     assert got.notes == () and got.deviation <= 4 * got.floor
-    agree(got, literal(hf, WORLD["clean"], WORLD["same"], senders, receivers))
+    agree(got, path_patched(hf, WORLD["clean"], WORLD["same"], senders, receivers))
 
 
 @pytest.mark.parametrize("kind", FOUR)
@@ -209,7 +116,7 @@ def test_to_the_last_digits_of_float64(kind: str, monkeypatch: pytest.MonkeyPatc
     torch.set_default_dtype(torch.float64)
     try:
         got = swept(HookedModel.load(hf), "other", SENDERS[4:], RECEIVERS[1:])
-        want = difference(literal(hf, WORLD["clean"], WORLD["other"], SENDERS[4:], RECEIVERS[1:]))
+        want = difference(path_patched(hf, WORLD["clean"], WORLD["other"], SENDERS[4:], RECEIVERS[1:]), WORLD["clean"])
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.notes == () and got.values.dtype == torch.float64
@@ -225,7 +132,7 @@ def test_holding_only_the_position_that_is_read_is_the_same() -> None:
     """Causality: senders and receivers share a position, so what other positions do cannot come between."""
     hf, into, source = sharp("llama"), WORLD["clean"], WORLD["other"]
     senders, receivers = groups("L0H1.z@END", "L1.mlp_out@END", "embed@END"), groups("L2.resid_post@END", "L2H3.q@END", "L2H1.v@END")
-    one, other = (literal(hf, into, source, senders, receivers, only_at=at) for at in (None, "END"))
+    one, other = (path_patched(hf, into, source, senders, receivers, only_at=at) for at in (None, "END"))
     torch.testing.assert_close(one, other, atol=8 * EPS * float(one.abs().max()), rtol=0)
 
 
@@ -267,8 +174,8 @@ def test_all_heads_together_are_not_the_sum_of_them(model: HookedModel) -> None:
     joint, singles = got.values[0, 0] - got.start, (got.values[1:, 0] - got.start).sum(0)
     assert (joint - singles).abs().max() > 0.01
     hf = model.wrapped.source
-    logits = literal(hf, WORLD["clean"], WORLD["other"], [tuple(heads)], groups("L2.resid_post@END"))
-    torch.testing.assert_close(got.values[:1], difference(logits), atol=8 * EPS * float(logits.abs().max()), rtol=0)
+    logits = path_patched(hf, WORLD["clean"], WORLD["other"], [tuple(heads)], groups("L2.resid_post@END"))
+    torch.testing.assert_close(got.values[:1], difference(logits, WORLD["clean"]), atol=8 * EPS * float(logits.abs().max()), rtol=0)
 
 
 def test_what_is_written_too_late_or_elsewhere_is_exactly_nothing(model: HookedModel) -> None:
@@ -436,7 +343,7 @@ def test_denoise_runs_the_other_way(llama: HookedModel, pairs: PromptPairs, sing
     got = path_patching(llama, pairs, direction="denoise", sender="L0H1@S; L1.mlp_out@END", receiver="L2H0.q@END; L1H1.v@S")
     assert torch.allclose(got.clean, single.clean, atol=1e-6) and torch.equal(got.start, got.corrupt)
     swap = replace(WORLD["other"], answers=pairs.answers, distractors=pairs.distractors)
-    logits = literal(
+    logits = path_patched(
         llama.wrapped.source, swap, WORLD["clean"], *(groups(*x) for x in (("L0H1.z@S", "L1.mlp_out@END"), ("L2H0.q@END L1H1.v@S",)))
     )
     torch.testing.assert_close(got.patched[0], difference(logits, swap), atol=8 * EPS * float(logits.abs().max()), rtol=0)
@@ -589,8 +496,8 @@ def test_many_random_paths(kind: str, receiver: str) -> None:
     receivers = [(Site("resid_post", 3, position="END"),)] if receiver == "resid_post" else [(read(),) for _ in range(5)]
     got = swept(model, "other", senders, receivers)
     assert got.values.numel() >= 500 and got.deviation <= 4 * got.floor
-    logits = literal(hf, WORLD["clean"], WORLD["other"], senders, receivers)
-    torch.testing.assert_close(got.values, difference(logits), atol=8 * EPS * float(logits.abs().max()), rtol=0)
+    logits = path_patched(hf, WORLD["clean"], WORLD["other"], senders, receivers)
+    torch.testing.assert_close(got.values, difference(logits, WORLD["clean"]), atol=8 * EPS * float(logits.abs().max()), rtol=0)
     assert torch.equal(got.values[got.blocked != 0], got.start.expand_as(got.values)[got.blocked != 0])
     assert ((got.values - got.start).abs().amax(-1)[got.blocked == 0] > 0).float().mean() > 0.8
 
@@ -600,7 +507,7 @@ def test_a_longer_partner_leaves_receivers_without_a_position_alone(hf: Any, mod
     batches = WORLD["clean"].batch(), WORLD["other"].batch()
     assert batches[1].ids.shape[1] > batches[0].ids.shape[1]
     got = path_sweep(model, *batches, senders, receivers, DIFF)
-    rows = literal(hf, WORLD["clean"], WORLD["other"], senders, receivers)
+    rows = path_patched(hf, WORLD["clean"], WORLD["other"], senders, receivers)
     want = torch.stack([DIFF(logits) for logits in rows.flatten(0, 1)]).reshape(got.values.shape)
     torch.testing.assert_close(got.values, want, atol=16 * EPS * float(rows.abs().max()), rtol=0)
     assert (got.values != got.start).any() and got.notes == ()

@@ -194,7 +194,8 @@ def _add_input(group: argparse._ArgumentGroup, parameter: Parameter, of: Signatu
     elif "Task" in parameter.names:
         group.add_argument(flag, metavar="TASK", dest=f"input_{parameter.name}", help="a task, as ioi or 'boxes(n_boxes=3)'")
     else:
-        group.add_argument(flag, metavar="DIR", dest=f"input_{parameter.name}", help=parameter.help or "a saved result")
+        kind = "FILE" if "Circuit" in parameter.names else "DIR"
+        group.add_argument(flag, metavar=kind, dest=f"input_{parameter.name}", help=parameter.help or "a saved result")
 
 
 def _add_setting(group: argparse._ArgumentGroup, parameter: Parameter) -> None:

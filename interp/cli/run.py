@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.analyses import find
+from interp.circuit import Circuit
 from interp.cli.signatures import MODELS, PROMPTS, Parameter, Signature, signature
 from interp.cli.values import convert
 from interp.errors import InputError
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _stamped(result: Result, of: Signature, args: argparse.Namespace) -> Result:
     """The result with what was written for its inputs."""
     models = {side: text for side in SIDES if (text := getattr(args, side, None)) is not None}
-    files = {p.name: text for p in of.of_kind(*PROMPTS) if (text := getattr(args, f"input_{p.name}")) is not None}
+    files = {p.name: text for p in of.of_kind(*PROMPTS, "Circuit") if (text := getattr(args, f"input_{p.name}")) is not None}
     counts = {p.name: getattr(args, f"n_{p.name}", None) for p in of.of_kind(*PROMPTS)}
     return stamp(result, loading(args), models, adapter=getattr(args, "adapter", None), prompts=files, n=counts)
 
@@ -73,7 +74,8 @@ def _check_inputs(of: Signature, args: argparse.Namespace) -> None:
         if parameter.names & set(MODELS):
             _written_models(parameter, args)
         elif parameter.names & set(PROMPTS):
-            checked_prompts(_written_prompts(parameter, args))
+            if (prompts := _written_prompts(parameter, args)) is not None:
+                checked_prompts(prompts)
         elif (written := getattr(args, f"input_{parameter.name}")) is None:
             if parameter.default is None:
                 raise InputError(f"{of.name} needs --{parameter.name.replace('_', '-')}")
@@ -81,6 +83,8 @@ def _check_inputs(of: Signature, args: argparse.Namespace) -> None:
             from interp.tasks import task
 
             task(written)
+        elif "Circuit" in parameter.names:
+            Circuit.load(written)
 
 
 def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
@@ -99,7 +103,8 @@ def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
         elif written is None:
             made.append(None)
         else:
-            made.append(task(written) if "Task" in parameter.names else store.load(written))
+            read = task if "Task" in parameter.names else Circuit.load if "Circuit" in parameter.names else store.load
+            made.append(read(written))
     return made
 
 
@@ -117,20 +122,22 @@ def _written_models(parameter: Parameter, args: argparse.Namespace) -> tuple[str
     raise InputError(f"{args.analysis} needs --model" + (", or --base and --tuned" if "ModelPair" in parameter.names else ""))
 
 
-def _written_prompts(parameter: Parameter, args: argparse.Namespace) -> str:
+def _written_prompts(parameter: Parameter, args: argparse.Namespace) -> str | None:
+    """What was written for prompts; None where none are needed."""
     file: str | None = getattr(args, f"input_{parameter.name}")
     name: str | None = getattr(args, "prompts_task", None) if parameter.name == "prompts" else None
     flag = f"--{parameter.name.replace('_', '-')}"
     if file is not None and name is not None:
         raise InputError(f"{flag} and --task both say which prompts; give one of them")
-    if (written := file or name) is None:
+    if (written := file or name) is None and parameter.default is None:
         raise InputError(f"{args.analysis} needs {flag} FILE or {'--task' if parameter.name == 'prompts' else flag} TASK")
     return written
 
 
 def _prompts(parameter: Parameter, args: argparse.Namespace, session: Session, model: Any) -> Any:
     """Prompts of the kind the analysis takes."""
-    written = _written_prompts(parameter, args)
+    if (written := _written_prompts(parameter, args)) is None:
+        return None
     n, seed = getattr(args, f"n_{parameter.name}", None), getattr(args, f"seed_{parameter.name}", 0)
     found = session.prompts(written, model, n, seed)
     if "PromptPairs" not in parameter.names:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from interp.tasks.base import Example, Stream, Task, Words, balanced, fill
+from interp.tasks.base import Example, Rules, Stream, Task, Words, balanced, fill
 from interp.tasks.words import COLORED, COLORS, WordList
 
 SURFACES = ("table", "desk", "floor")
@@ -29,12 +29,14 @@ class ColoredObjects(Task):
 
     Positions: ``color1..3``, ``object1..3``, the sets ``colors`` and ``objects``, ``query_object`` and
     ``END`` of the question; ``target_color``, ``target_object``: the right color and its object in the
-    list (of the clean prompt, on both sides); ``demo_answer``: the answer of the demonstration.
+    list (of the clean prompt, on both sides); ``question``: its last sentence;
+    ``demo_answer``: the answer of the demonstration.
     """
 
     name: ClassVar[str] = "colored_objects"
     summary: ClassVar[str] = "Which color does one of three listed objects have, after one solved example."
     paper: ClassVar[str] = "Merullo et al. 2024, arXiv 2310.08744"
+    rules: ClassVar[Rules] = Rules(several=("question",))
 
     @property
     def chance(self) -> float:
@@ -65,6 +67,7 @@ class ColoredObjects(Task):
             spans = {name: (span,) for name, span in at.items() if not name.startswith("demo_") or name == "demo_answer"}
             spans |= {f"{kind}s": tuple(at[f"{kind}{i}"] for i in (1, 2, 3)) for kind in ("color", "object")}
             spans |= {f"target_{kind}": (at[f"{kind}{asked + 1}"],) for kind in ("color", "object")}
+            spans["question"] = ((text.rindex("What"), text.rindex("?") + 1),)
             tags = {"queried": str(query + 1)}
             return Example(text, answers[query], answers[wrong], tuple(answers), spans, corrupt, context, tags)
 
