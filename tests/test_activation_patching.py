@@ -368,7 +368,7 @@ def test_refusals(model: HookedModel, unequal: PromptPairs, level: PromptPairs) 
         run(positions=("S9",))
     with pytest.raises(InputError, match="L0.z sets every position"):
         run(sites=("resid_pre", "z"), heads_at="all")
-    with pytest.raises(InputError, match="does not differ between clean and corrupt"):
+    with pytest.raises(InputError, match="clean and corrupt prompts are the same"):
         run(PromptPairs(level.clean, replace(level.clean, answers=None)))
     with pytest.raises(InputError, match=r"needs clean and corrupt prompts \(PromptPairs\), not Prompts"):
         run(unequal.clean)

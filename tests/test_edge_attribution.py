@@ -689,7 +689,7 @@ def test_wrong_input(llama: HookedModel, level: PromptPairs) -> None:
     for steps in (0, 2.5, True):
         with pytest.raises(InputError, match="steps must be a whole number from 1"):
             run(method="eap_ig", steps=steps)
-    with pytest.raises(InputError, match="the same, so there is no difference"):
+    with pytest.raises(InputError, match="the same, token for token"):
         run(PromptPairs(level.clean, level.clean))
     longer = prompts([[*row, 3] if i == 1 else row for i, row in enumerate(LEVEL_TOO)], S=((0,), (1,), (2,)), T=((0,), (2,), (2,)))
     named = replace(level.clean, positions={"S": ((0,), (3,), (2,)), "T": ((0,), (3,), (2,))})

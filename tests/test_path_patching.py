@@ -352,7 +352,7 @@ def test_denoise_runs_the_other_way(llama: HookedModel, pairs: PromptPairs, sing
 def test_what_a_sender_cannot_reach_is_said(llama: HookedModel, pairs: PromptPairs) -> None:
     got = path_patching(llama, pairs, sender="heads@END; L0H1@S", receiver="L1H2.q@END")
     assert got.notes == (
-        "sender after every receiver, so exactly 0: L1H0.z@END, L1H1.z@END, L1H2.z@END, L1H3.z@END and 4 more",
+        "sender not before any receiver, so exactly 0: L1H0.z@END, L1H1.z@END, L1H2.z@END, L1H3.z@END and 4 more",
         "sender not at the position of a receiver, so exactly 0: L0H1.z@S",
     )
     assert got.reaches[:, 0].tolist() == [True] * 4 + [False] * 9 and not got.effect()[4:].any() and got.effect()[:4].all()
@@ -463,7 +463,10 @@ def test_refusals(llama: HookedModel, pairs: PromptPairs, unchecked: None) -> No
     bad("at END, not at S", receiver="logits@S")
     bad("noise or denoise, but it is 'noising'", direction="noising")
     bad("no metric named 'logitdiff'", metric="logitdiff")
-    bad("clean and corrupt prompts are the same, so there is nothing else to send", PromptPairs(pairs.clean, pairs.clean))
+    bad(
+        "clean and corrupt prompts are the same, token for token, so there is no difference to explain",
+        PromptPairs(pairs.clean, pairs.clean),
+    )
     bad(r"needs clean and corrupt prompts \(PromptPairs\), not Prompts", pairs.clean)
     bad("one distractor token", PromptPairs(replace(pairs.clean, distractors=None), pairs.corrupt))
     alike = replace(pairs.clean, answers=(3,) * 5, distractors=(3,) * 5)

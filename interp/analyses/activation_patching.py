@@ -356,6 +356,7 @@ def activation_patching(
         raise InputError(f"direction must be denoise or noise, but it is {direction!r}")
     judge = Metric.parse(metric)
     clean, corrupt = _batches(model, prompts)
+    prompts.require_difference()
     names, left_out = _positions(clean, corrupt, positions)
     if heads_at == "auto":
         heads_at = "all" if torch.equal(clean.lengths, corrupt.lengths) else "END"

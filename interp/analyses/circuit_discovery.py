@@ -401,8 +401,7 @@ def _steps(stages: Stages | str | None, top: float | None, prompts: PromptPairs)
 
 def _refuse(prompts: PromptPairs, judge: Metric, level: float) -> None:
     """Refuse what cannot be searched."""
-    if prompts.clean.ids == prompts.corrupt.ids:
-        raise InputError("clean and corrupt prompts are the same, so there is nothing else to send")
+    prompts.require_difference()
     if judge.position != "END":
         raise InputError(f"circuit_discovery reads the answer at END, but the metric is {judge}")
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:

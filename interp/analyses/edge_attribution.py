@@ -435,8 +435,7 @@ def _refuse(prompts: PromptPairs, judge: Metric, method: Method, steps: int, per
         raise InputError(f"{judge} is least at the clean run and has no slope there, so eap sees nothing; take eap_ig or exact")
     if per_position and judge.position != "END":
         raise InputError(f"scores per position need a metric that is read at END, but it is {judge}")
-    if prompts.clean.ids == prompts.corrupt.ids:
-        raise InputError("clean and corrupt prompts are the same, so there is no difference to attribute")
+    prompts.require_difference()
 
 
 def _refuse_if_alike(ends: Mapping[str, Tensor], judge: Metric) -> None:

@@ -361,8 +361,7 @@ def path_patching(
         raise InputError(f"path_patching needs clean and corrupt prompts (PromptPairs), not {type(prompts).__name__}")
     if direction not in _WHAT:
         raise InputError(f"direction must be noise or denoise, but it is {direction!r}")
-    if prompts.clean.ids == prompts.corrupt.ids:
-        raise InputError("clean and corrupt prompts are the same, so there is nothing else to send")
+    prompts.require_difference()
     judge = Metric.parse(metric)
     clean, corrupt = model.batch(prompts.clean), model.batch(prompts.corrupt)
     into, source = (clean, corrupt) if direction == "noise" else (corrupt, clean)

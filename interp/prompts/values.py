@@ -247,6 +247,15 @@ class PromptPairs:
         """True where every pair has equally many tokens, so that what happens at an index can be exchanged."""
         return all(len(a) == len(b) for a, b in zip(self.clean.ids, self.corrupt.ids, strict=True))
 
+    def require_difference(self) -> None:
+        """Refuse pairs that no difference can be told by.
+
+        Raises:
+            InputError: every corrupt prompt is its clean one.
+        """
+        if self.clean.ids == self.corrupt.ids:
+            raise InputError("clean and corrupt prompts are the same, token for token, so there is no difference to explain")
+
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.clean)

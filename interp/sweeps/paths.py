@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Group = tuple[Site, ...]
 """Parts that send, or receive, together."""
 
-WAYS = ("", "after every receiver", "not at the position of a receiver")
+WAYS = ("", "not before any receiver", "not at the position of a receiver")
 """Where a sender writes: where it can be read; too late; elsewhere, from where only attention could carry it on."""
 
 _CHECKED = 2  # cells that are computed again by whole runs
