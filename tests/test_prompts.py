@@ -376,6 +376,9 @@ def test_a_mixture_goes_round_its_sets(plain):
         x for pair in zip(ioi.clean.positions["S2"], ioi.corrupt.positions["S2"], strict=True) for x in pair
     )
     assert both.seed is None and not both.task
+    seeds = [mixed({"ioi": some, "plain_text": text}, seed=0).seed for some in (ioi, ioi[1:], ioi[:2], ioi.clean)]
+    assert seeds == [0, None, 0, 0]  # only what the tasks make with that seed, in order and from the first on
+    assert mixed({"ioi": ioi, "other": text}, seed=0).seed is None and mixed({"ioi": ioi, "plain_text": text}, seed=1).seed is None
     for bad in ({}, {"": text}):
         with pytest.raises(InputError, match="each with a name"):
             mixed(bad)

@@ -198,6 +198,8 @@ def test_along_its_own_answer(pair, prompts, result) -> None:
         n = len(prompts.ids[row])
         assert found.ids[row, : n + len(ids)].tolist() == [*prompts.ids[row], *ids] and int(found.answer[row]) == (n if ids else -1)
     assert found.texts == TEXTS
+    with pytest.raises(InputError, match="hold a response, which chat='plain' would make part of the question"):
+        tuco(pair, Prompts(("x",), ((1, 2),), positions={"response": ((1,),)}), chat="plain")
     with pytest.raises(InputError, match="no response yet"):
         tuco(pair, Prompts(("x",), ((1, 2),), positions={"response": ((1,),)}), respond=2)
 

@@ -44,9 +44,11 @@ def result_of(positive, negative, lengths=None) -> TucoDetectionResult:
         rounding=nothing,
         texts=tuple(f"text {i} <b>" for i in range(len(x))),
         sets=("chats", ""),
+        forms=("", ""),
         norm="l1",
         position="last_prompt",
         draw_seed=0,
+        repeats=0,
     )
 
 
@@ -192,6 +194,16 @@ def test_planted_tokens_are_told_apart() -> None:
     bare = prompts_of([[3]])
     found = tuco_detection(pair, marked, bare)
     assert float(found.tuco[0]) > 0.1 and float(found.tuco[1]) < 1e-4 and float(found.auc.value) == 1
+
+
+def test_a_prompt_that_is_there_twice_counts_once() -> None:
+    pair = ModelPair(HookedModel.load(tiny("llama", 0)), HookedModel.load(tiny("llama", 1)))
+    once, more = (
+        tuco_detection(pair, prompts_of(HERE), prompts_of(THERE)),
+        tuco_detection(pair, prompts_of([*HERE, *HERE]), prompts_of(THERE)),
+    )
+    assert torch.equal(once.is_positive, more.is_positive) and float(once.auc.low) == float(more.auc.low)
+    assert more.repeats == len(HERE) and f"{len(HERE)} repeated prompts counted once" in more.summary() and not once.repeats
 
 
 def test_settings(tmp_path) -> None:

@@ -155,7 +155,8 @@ class TucoResult(Result):
         if self.output_co is None:
             also += ["OutputCo with output_co=True"]
         elif not self.output_co.isnan().all():
-            also += [f"OutputCo {float(self.output_co.nanmean()):.3g}"]
+            known = int((~self.output_co.isnan()).sum())
+            also += [f"OutputCo {float(self.output_co.nanmean()):.3g}" + f" of the {known} prompts whose tokens base knows" * (known < n)]
         if not self.answer_tuco.isnan().all():
             also += [f"mean over the tokens of the answers {float(self.answer_tuco.nanmean()):.3g}"]
         return (
@@ -174,7 +175,7 @@ class TucoResult(Result):
             return f"rounding to half precision alone gives {float(self.rounding.mean()):.2g}"
         if not len(self.floor):
             return "no numerical floor measured"
-        return f"a batch of another size changes it by {self.numerical_floor:.1g}"
+        return f"in a batch of another size {len(self.floor)} of the prompts move by at most {self.numerical_floor:.1g}"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per layer, of every set, with means over prompts (``tuco`` is cumulative); ``per="prompt"``: one row per prompt.
@@ -389,7 +390,7 @@ def tuco(
         norm=norm,
         position=position,
         draw_seed=seed,
-        notes=_notes(pair),
+        notes=(*_notes(pair), *_silent(answer, respond)),
     )
 
 
@@ -408,6 +409,12 @@ def _notes(pair: ModelPair) -> tuple[str, ...]:
     if a == b:
         return ()
     return (f"the embedding has {a} rows in base and {b} in tuned; x_0 and the unembedding are the tuned model's",)
+
+
+def _silent(answer: Tensor, respond: int) -> tuple[str, ...]:
+    """That some prompts were not answered, though an answer was asked for."""
+    n = int((answer < 0).sum()) if respond else 0
+    return (f"the tuned model ended {n} of {len(answer)} answers before their first token, so these have none",) if n else ()
 
 
 def _counted(made: go.Figure) -> go.Figure:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BINS = 20
 _SHOWN_TEXT = 160
 _RATE = 0.05
+_FORMS = {"given": "", "template": " in the chat template", "plain": " in plain lines of a chat"}
 _TUCO, _LENGTH, _OUTPUT = "TuCo", "prompt length", "OutputCo"
 
 
@@ -47,9 +48,11 @@ class TucoDetectionResult(Result):
         rounding: TuCo that rounding to half precision alone gives, of the prompts that were tried.
         texts: the prompts, as the model reads them.
         sets: what the positives and the negatives are.
+        forms: how those that came as bare text were made a chat.
         norm: ``l1`` or ``l2``.
         position: what is scored.
         draw_seed: of the bootstrap.
+        repeats: prompts that were left out because their set has them already.
     """
 
     tuning: Float[Tensor, " prompt"]
@@ -63,9 +66,11 @@ class TucoDetectionResult(Result):
     rounding: Float[Tensor, " rounded"]
     texts: tuple[str, ...]
     sets: tuple[str, str]
+    forms: tuple[str, ...]
     norm: Norm
     position: str
     draw_seed: int
+    repeats: int
 
     @property
     def tuco(self) -> Float[Tensor, " prompt"]:
@@ -117,6 +122,7 @@ class TucoDetectionResult(Result):
             f"true positive rate {_told(rate)} at {_RATE:.0%} false positives",
             f"control, prompt length alone: AUC {_told(control)}, on average {lengths[0]:.3g} against {lengths[1]:.3g} tokens{alike}",
             "OutputCo with output_co=True" if self.output_co is None else f"OutputCo alone: AUC {_told(self.auc_of(_OUTPUT))}",
+            *([f"{self.repeats} repeated prompts counted once"] if self.repeats else []),
             f"{self.norm.upper()} norm, position {self.position}",
             f"closure error at most {float(self.closure.max()):.1g}, {self._exactness()}",
         ]
@@ -126,7 +132,9 @@ class TucoDetectionResult(Result):
         if len(self.rounding):
             return f"rounding to half precision alone gives {float(self.rounding.mean()):.2g}"
         return (
-            f"a batch of another size changes TuCo by {float(self.floor.max()):.1g}" if len(self.floor) else "no numerical floor measured"
+            f"in a batch of another size {len(self.floor)} of the prompts move by at most {float(self.floor.max()):.1g}"
+            if len(self.floor)
+            else "no numerical floor measured"
         )
 
     @property
@@ -151,7 +159,8 @@ class TucoDetectionResult(Result):
         """What is known of each set: its task and how it was rewritten, or what was written for it on the command line."""
         inputs = () if self.meta is None else self.meta.inputs
         written = {given["parameter"]: str(given["text"]) for given in inputs}
-        return [name or written.get(side, "") for side, name in zip(("positive", "negative"), self.sets, strict=True)]
+        known = [name or written.get(side, "") for side, name in zip(("positive", "negative"), self.sets, strict=True)]
+        return [f"{name}{form}".strip() for name, form in zip(known, self.forms, strict=True)]
 
     @property
     def _names(self) -> list[str]:
@@ -256,7 +265,7 @@ class TucoDetectionResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def tuco_detection(
     pair: ModelPair,
     positive: Prompts,
@@ -279,7 +288,7 @@ def tuco_detection(
 
     Args:
         pair: the two models; the tuned model's tokens are read.
-        positive: prompts that should have more TuCo.
+        positive: prompts that should have more TuCo; one that is there twice counts once, here and in the other set.
         negative: prompts that should have less; none of them is among the positives.
         position: what is scored: the last token before the answer, or a named position of one token.
         norm: ``l1`` as published, or ``l2``.
@@ -296,7 +305,8 @@ def tuco_detection(
         raise InputError(f"norm is {norm!r}, expected l1 or l2")
     if stream and output_co:
         raise InputError("OutputCo runs base as a whole, which stream=True avoids; ask for one of them")
-    sets = [_read(pair.tuned, given, side, chat) for given, side in ((positive, "positive"), (negative, "negative"))]
+    given = [_read(pair.tuned, prompts, side, chat) for prompts, side in ((positive, "positive"), (negative, "negative"))]
+    sets = [_different(prompts) for prompts in given]
     _apart(*sets)
     batches = [pair.tuned.batch(prompts) for prompts in sets]
     scored = [scored_position(batch, position)[0] for batch in batches]
@@ -319,9 +329,11 @@ def tuco_detection(
         rounding=rounding(pair, *first, norm, measure=not stream),
         texts=tuple(text for prompts in sets for text in prompts.texts),
         sets=(_name(positive), _name(negative)),
+        forms=tuple("" if read is came else _FORMS[chat] for came, read in zip((positive, negative), given, strict=True)),
         norm=norm,
         position=position,
         draw_seed=seed,
+        repeats=sum(map(len, given)) - sum(map(len, sets)),
     )
 
 
@@ -333,6 +345,12 @@ def _read(model: HookedModel, prompts: Any, side: str, form: Form) -> Prompts:
     if form != "given" and all(said(model, text, form) is not None for text in prompts.texts):
         return prompts
     return as_chats(model, prompts, form)
+
+
+def _different(prompts: Prompts) -> Prompts:
+    """Each prompt once: the same one again tells nothing more, though an interval would shrink by it."""
+    first = {ids: row for row, ids in reversed(list(enumerate(prompts.ids)))}
+    return prompts if len(first) == len(prompts) else prompts[sorted(first.values())]
 
 
 def _apart(positive: Prompts, negative: Prompts) -> None:

@@ -22,6 +22,7 @@ from interp.sites import Site
 Norm = Literal["l1", "l2"]
 _ORDER = {"l1": 1, "l2": 2}
 _ROUNDED_PROMPTS = 8
+_REPEATED = 4  # prompts that are run again for the numerical floor
 
 
 def norm_of(x: Tensor, norm: Norm) -> Tensor:
@@ -118,10 +119,11 @@ def base_outputs(base: HookedModel, batch: Batch, scored: Tensor, final: Tensor,
 
 
 def repeated(pair: ModelPair, batch: Batch, scored: Tensor, norm: Norm, found: dict[str, Tensor]) -> Float[Tensor, " tried"]:
-    """How far TuCo of a prompt moves when it runs alone; a single prompt stands twice in a batch."""
-    rows = [0] if len(batch) > 1 else [0, 0]
+    """How far TuCo of a few prompts moves when they run in a batch of another size; a single prompt stands twice in it."""
+    n = _REPEATED if len(batch) > _REPEATED else 1
+    rows = list(range(n)) if len(batch) > 1 else [0, 0]
     again = contribution_norms(pair, batch.select(rows), scored[rows], norm)
-    both = [share(x["tuning_sum"][:1, -1], x["pre_sum"][:1, -1]) for x in (found, again)]
+    both = [share(x["tuning_sum"][:n, -1], x["pre_sum"][:n, -1]) for x in (found, again)]
     return (both[0] - both[1]).abs()
 
 

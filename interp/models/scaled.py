@@ -160,7 +160,7 @@ for _verb in (
 
 def _alphas(alpha: Any, n_layers: int) -> tuple[float, ...]:
     """One factor per layer."""
-    given = alpha.tolist() if isinstance(alpha, Tensor) else alpha
+    given = alpha.tolist() if hasattr(alpha, "tolist") else alpha  # tensors, numpy's arrays and numbers
     each = list(given) if isinstance(given, list | tuple) else [given] * n_layers
     if len(each) != n_layers or not all(isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a) for a in each):
         raise InputError(f"alpha is a finite number or one for each of {n_layers} layers, not {str(alpha)[:60]!r}")

@@ -20,12 +20,16 @@ def as_chats(model: Any, prompts: Prompts, form: Form) -> Prompts:
         form: ``given`` leaves them as they are; otherwise as for ``chat``.
 
     Raises:
-        InputError: a prompt is a chat already, or as for ``chat``.
+        InputError: a prompt is a chat already or holds a response, or as for ``chat``.
     """
     if form == "given":
         return prompts
     if not isinstance(prompts, Prompts):
         raise InputError(f"chat={form!r} needs prompts with texts; these are {type(prompts).__name__}")
+    if "response" in prompts.positions:
+        raise InputError(
+            f"these prompts hold a response, which chat={form!r} would make part of the question; write whole chats, chat='given'"
+        )
     texts = []
     for number, text in enumerate(prompts.texts):
         said, start = chat(model, text, form)

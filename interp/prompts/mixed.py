@@ -20,7 +20,7 @@ def mixed(sets: Mapping[str, Prompts | PromptPairs], seed: int | None = None) ->
 
     Args:
         sets: name of a set -> its prompts; of pairs the clean ones. The names are the tag ``set``.
-        seed: of the tasks that all sets come from; None where one comes from elsewhere.
+        seed: of the tasks that the sets are named by; dropped where a set is not just what its task makes with it.
 
     Returns:
         Texts, tokens, contexts, and the positions that all sets name. Answers and other tags do not carry over.
@@ -31,6 +31,7 @@ def mixed(sets: Mapping[str, Prompts | PromptPairs], seed: int | None = None) ->
     if not sets or not all(sets):
         raise InputError("a mixture takes sets of prompts, each with a name")
     single = {name: found.clean if isinstance(found, PromptPairs) else found for name, found in sets.items()}
+    seed = seed if all(found.seed == seed and found.task == name for name, found in sets.items()) else None
     turns = zip_longest(*([(name, one, row) for row in range(len(one))] for name, one in single.items()))
     order = [entry for turn in turns for entry in turn if entry is not None]
     shared = set.intersection(*(set(one.positions) for one in single.values())) - {"END"}

@@ -136,5 +136,5 @@ def identity_of(model: HookedModel, batch: Batch, patches: Sequence[Patch], sour
         of_run(model, batch),
         of_run(*source) if isinstance(source, tuple) else of_values(source),
         [of_values(p) if isinstance(p, Mapping) else [str(s) for s in p] for p in patches],
-        [str(reader.metric), reader.metric.name, *(tensor(t) for t in vars(reader.targets).values())],
+        [str(reader.metric), reader.metric.name, *(tensor(t) for t in (*vars(reader.targets).values(), reader.columns))],
     ]
