@@ -420,7 +420,7 @@ def measure(task: Task, kind: str, vocabulary: int, rounds: int, top: float) -> 
         off = float(((values if want.ndim == values.ndim else values.mean(-1)) - want).abs().max())
         assert off <= 5e-6, f"{task.name}: ours and {name} differ by {off}"
         print(f"  {task.name}: ours and {name} agree to {off:.1g} on {len(task.cells)} runs")
-    times = interleaved({"ours": task.ours, **task.peers}, rounds)
+    times = interleaved({"ours": task.ours, **task.peers}, rounds, warmups=0)  # comparing them was a warm-up
     limit = task.flops * PROMPTS / top
     for name in task.peers:
         faster = task.scale[name] * ratio(times[name], times["ours"])

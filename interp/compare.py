@@ -11,6 +11,7 @@ import time as clock
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,14 @@ def _in_chat(written: str) -> bool:
     """Whether a task's prompts are in the tuned model's chat template."""
     return written.partition("(")[0] in CHATS and "chat=plain" not in written
 
+
+def _evaluating(pairs: Any) -> dict[str, Any]:
+    """A few controls; a circuit that matters is evaluated on its own."""
+    return _patching(pairs) | {"completeness_random": 5, "greedy": 0, "random_circuits": 3}
+
+
+SEARCHED = {"quick": 24, "normal": 64, "full": 200}
+"""Prompts on which circuits are searched; fewer leave most heads within noise."""
 
 PLAN = (
     Row("pair_check", None, {}, lambda s: Work(passes=1, saved=2**16)),
@@ -84,6 +93,23 @@ PLAN = (
         lambda s: Work(tokens=20 * s.prompts * s.length, saved=32 * s.prompts * (s.layers * s.heads) ** 2),
         settings=_patching,
     ),
+    Row(
+        "circuit_discovery",
+        "best task",
+        SEARCHED,
+        lambda s: Work(tokens=3 * s.prompts * s.length * s.layers * s.heads, saved=40 * s.prompts * s.layers * s.heads),
+        settings=_patching,
+        demanding=True,
+    ),
+    Row(
+        "circuit_evaluation",
+        "circuit",
+        {"quick": 12, "normal": 32, "full": 100},
+        lambda s: Work(tokens=100 * s.prompts * s.length, saved=1000 * s.prompts),
+        settings=_evaluating,
+        demanding=True,
+    ),
+    Row("circuit_overlap", "two circuits", SEARCHED, lambda s: Work(saved=2**14), demanding=True),
     Row(
         "tuco",
         "sets",
@@ -241,9 +267,18 @@ class _Run:
             return [Step(row, self.request.base, tuned, AND.join(sets), _at_most(n, *sets) * len(sets))]
         if row.source == "against text":
             return self.against_text(row, tuned, n)
+        if row.source in ("circuit", "two circuits"):
+            return self.of_circuits(row, tuned, n)
         on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
         made = [Step(row, self.request.base, tuned, written, _at_most(n, written)) for written in on]
         return [s for s in made if self.paired(s)] if row.source == "best task" else made
+
+    def of_circuits(self, row: Row, tuned: Any, n: int) -> list[Step]:
+        """One step per task that may be the best one; which circuits were found is known later."""
+        if row.source == "two circuits":
+            return [Step(row, self.request.base, tuned)]
+        made = [Step(row, self.request.base, tuned, on, n) for on in self.tasks]  # of a file there are no fresh prompts
+        return [s for s in made if self.paired(s)]
 
     def sets(self, tuned: Any, n: int) -> list[str]:
         """The sets of prompts that stand side by side: text, and what the tuned model is asked."""
@@ -307,7 +342,39 @@ class _Run:
         """The steps of a row, or the one that what was found so far chooses."""
         if row.source == "best task":
             return self.best(steps, found)
+        if row.source in ("circuit", "two circuits"):
+            return self.with_circuits(row, steps, next((r for r in found if r.meta.analysis == "circuit_discovery"), None))
         return self.most_changed(steps, found) if row.chosen else steps
+
+    def with_circuits(self, row: Row, steps: Sequence[Step], search: Any) -> list[Step]:
+        """The step with the circuits that a search found; none where it found none, or where there are no fresh prompts."""
+        if search is None:
+            if not any(gap.what.startswith("circuit_discovery") for gap in self.gaps):  # else that one says why
+                self.miss(Gap(row.analysis, "it takes what circuit_discovery finds, which was not run", failed=False))
+            return []
+        found = {side: search.circuit(side) for side in search.sides}
+        names = {"a": "base", "b": "tuned"} if row.source == "two circuits" else {"circuit": "base"}
+        if empty := [side for side in names.values() if not found[side].nodes]:
+            self.miss(Gap(row.analysis, f"no heads were found in {' and '.join(empty)}", failed=False))
+            return []
+        circuits = {name: (found[side], self.written(found[side])) for name, side in names.items()}
+        if row.source == "two circuits":
+            return [replace(step, circuits=circuits) for step in steps]
+        asked = [replace(step, circuits=circuits) for step in steps if step.on == search.meta.inputs[0].get("task")]
+        for step in asked[:1]:
+            for seed in range(1, 9):
+                fresh: Any = self.session.prompts(step.on, self.session.pair(step.base, step.tuned), step.n, seed)
+                if not set(fresh.contexts) & set(search.contexts):
+                    return [replace(step, seed=seed)]
+        why = "no other prompts than those the circuit was found on; it needs fresh ones"
+        self.miss(Gap(row.analysis, why, failed=False))
+        return []
+
+    def written(self, circuit: Any) -> str:
+        """The file of a circuit, so that a command can name it; nothing where nothing is kept."""
+        if self.request.out is None:
+            return ""
+        return str(circuit.save(self.request.out / "circuits" / f"{circuit.digest[:8]}.json"))
 
     def most_changed(self, steps: Sequence[Step], found: Sequence[Any]) -> list[Step]:
         """The step on the task whose answers tuning changed most, for better or worse; the first one where none was scored."""
@@ -356,7 +423,7 @@ class _Run:
                 if self.request.store is not None:
                     store.save(result, self.request.store)
         except InputError as error:
-            self.miss(Gap(str(step), str(error)))
+            self.miss(Gap(str(step), str(error), failed=not step.row.demanding))
             return None
         took = "already there" if folder is not None else f"{clock.monotonic() - start:.1f} s"
         self.say(f"{step} ({took}): {result.summary()}")
@@ -399,10 +466,14 @@ class _Run:
     def announce(self, name: str, steps: Sequence[Step]) -> None:
         """Print the plan with what each step takes."""
         self.say(f"{name}: the plan, with effort {self.request.effort}")
-        total = 0.0
+        total, new = 0.0, [step for step in steps if not self.known(step)]
+        later = [step for step in new if step.row.source in ("circuit", "two circuits")]
         for step in steps:
-            if self.known(step):
+            if step not in new:
                 self.say(f"  {step!s:58} already there")
+                continue
+            if new == later:  # whether they are there is known once the circuits are
+                self.say(f"  {step.announced:58} with what circuit_discovery found")
                 continue
             try:
                 work = step.work(self.session)
@@ -428,8 +499,9 @@ class _Run:
             self.say(line)
         for line in known:
             self.say(f"note: {line}")
-        names = " and ".join(dict.fromkeys(r.meta.models[-1]["name"] for r in self.results))
-        title = f"What fine-tuning changed: {self.results[0].meta.models[0]['name']} → {names}"
+        models = [r.meta.models for r in self.results if r.meta.models]  # what compares circuits alone has none
+        names = " and ".join(dict.fromkeys(found[-1]["name"] for found in models))
+        title = f"What fine-tuning changed: {models[0][0]['name']} → {names}" if models else "What fine-tuning changed"
         return write_report(self.results, self.request.page, title=title, verdict=told, warnings=known, plan=[str(g) for g in self.gaps])
 
 

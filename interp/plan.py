@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from interp.errors import InputError
 from interp.inputs import Session, stamp
 from interp.names import AND
 
 if TYPE_CHECKING:
+    from interp.circuit import Circuit
     from interp.models import HookedModel, ModelPair
     from interp.results import Result
 
@@ -66,24 +68,27 @@ class Row:
         analysis: its name; its first input is the pair.
         source: where its second input comes from: ``text`` (the user's prompts or shipped plain text),
             ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``sets`` (text and all tasks, mixed),
-            ``against text`` (the task that tuning changed most, and text as the third input), or none.
+            ``against text`` (the task that tuning changed most, and text as the third input), ``circuit`` (fresh prompts of the
+            best task, and the circuit of base that was found on it), ``two circuits`` (those of base and tuned, and no pair), or none.
         prompts: number of prompts at each effort.
         work: what a step takes.
         draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
         settings: those that differ from the analysis's own defaults, by the prompts at hand.
+        demanding: it asks more of prompts than others do; where they do not have it, it is left out and nothing has failed.
     """
 
     analysis: str
-    source: Literal["text", "task", "best task", "sets", "against text"] | None
+    source: Literal["text", "task", "best task", "sets", "against text", "circuit", "two circuits"] | None
     prompts: Mapping[str, int]
     work: Callable[[Sizes], Work]
     draws: bool = False
     settings: Callable[[Any], dict[str, Any]] = lambda prompts: {}
+    demanding: bool = False
 
     @property
     def chosen(self) -> bool:
         """Of its steps only one is taken, by what was found before."""
-        return self.source in ("best task", "against text")
+        return self.source in ("best task", "against text", "circuit", "two circuits")
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ class Step:
         on: what was written for its prompts or its task; empty for weights.
         n: number of prompts; of each set where there are two.
         against: what was written for the prompts it is told from; empty where there are none.
+        seed: of its prompts.
+        circuits: what was found by a step before, by the name of the input; files as they were written, if they were.
     """
 
     row: Row
@@ -135,9 +142,13 @@ class Step:
     on: str = ""
     n: int = 0
     against: str = ""
+    seed: int = 0
+    circuits: Mapping[str, tuple[Circuit, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Analysis and input, for a person."""
+        if self.row.source == "two circuits":
+            return f"{self.row.analysis} of base and tuned"
         return self.row.analysis + (f" on {self.on}" if self.on else "") + (f" against {self.against}" if self.against else "")
 
     @property
@@ -145,7 +156,8 @@ class Step:
         """The same, before anybody knows which task it will be."""
         if self.row.source == "sets":
             return f"{self.row.analysis} on {self.on.count(AND) + 1} sets of prompts"
-        which = {"best task": "the task learned best", "against text": f"the task changed most, against {self.against}"}
+        which: dict[str | None, str] = dict.fromkeys(("best task", "circuit"), "the task learned best")
+        which["against text"] = f"the task changed most, against {self.against}"
         return f"{self.row.analysis} on {which[self.row.source]}" if self.row.source in which else str(self)
 
     def arguments(self, session: Session) -> tuple[list[Any], dict[str, Any]]:
@@ -156,14 +168,18 @@ class Step:
         """
         from interp.tasks import task
 
-        pair = session.pair(self.base, self.tuned)
+        pair, circuits = session.pair(self.base, self.tuned), [circuit for circuit, _ in self.circuits.values()]
         if self.row.source is None:
             return [pair], {}
+        if self.row.source in ("circuit", "two circuits") and not circuits:
+            raise InputError("no circuit was found before")
+        if self.row.source == "two circuits":
+            return circuits, {}
         if self.row.draws:
             return [pair, task(self.on)], {"n": self.n}
-        prompts = session.prompts(self.on, pair, self.n)
-        if self.row.source == "best task":
-            return [pair, prompts], self.row.settings(prompts)
+        prompts = session.prompts(self.on, pair, self.n, self.seed)
+        if self.row.source in ("best task", "circuit"):
+            return [pair, prompts, *circuits], self.row.settings(prompts)
         return [pair, *self.singles(session)], self.row.settings(prompts)
 
     def singles(self, session: Session) -> list[Any]:
@@ -175,8 +191,11 @@ class Step:
     def stamped(self, result: Result, session: Session) -> Result:
         """The result with what was written for its inputs."""
         models = {side: what for side, what in (("base", self.base), ("tuned", self.tuned)) if isinstance(what, str)}
-        written = {"positive": self.on, "negative": self.against} if self.against else self.on if self.row.source else ""
-        return stamp(result, session.loading, models, prompts=written, n=self.n or None)
+        n: Any = self.n or None
+        written: Any = {"positive": self.on, "negative": self.against} if self.against else self.on if self.row.source else ""
+        if self.circuits:
+            written, n = {"prompts": self.on} | {name: file for name, (_, file) in self.circuits.items()}, {"prompts": n}
+        return stamp(result, session.loading, models, prompts=written, n=n)
 
     def work(self, session: Session) -> Work:
         """What it takes, from the lengths of its prompts."""
@@ -192,14 +211,18 @@ class Step:
         """The line that runs this step alone; empty for models that are objects."""
         if not (isinstance(self.base, str) and isinstance(self.tuned, str)):
             return ""
+        files = [f"--{name}={file}" for name, (_, file) in self.circuits.items()]
+        if self.row.source == "two circuits":
+            return shlex.join(["interp", "run", self.row.analysis, *files])
         words = ["interp", "run", self.row.analysis, f"--base={self.base}", f"--tuned={self.tuned}", *session.loading.flags()]
         if self.row.draws:
             words += [f"--task={self.on}", f"--n={self.n}"]
         elif self.on:
             sets = {"positive": self.on, "negative": self.against} if self.against else {"prompts": self.on}
             words += [word for side, written in sets.items() for word in (f"--{side}={written}", f"--{side}-n={self.n}")]
+            words += [f"--prompts-seed={self.seed}"] if self.seed else []
             words += [_flag(name.replace("_", "-"), value) for name, value in self.arguments(session)[1].items()]
-        return shlex.join(words)
+        return shlex.join([*words, *files])
 
 
 def _flag(name: str, value: Any) -> str:

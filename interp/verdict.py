@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp.analyses.activation_patching import ActivationPatchingResult
+    from interp.analyses.circuit_discovery import CircuitDiscoveryResult
+    from interp.analyses.circuit_evaluation import CircuitEvaluationResult
+    from interp.analyses.circuit_overlap import CircuitOverlapResult
     from interp.analyses.cross_patching import CrossPatchingResult
     from interp.analyses.pair_check import PairCheckResult
     from interp.analyses.path_patching import PathPatchingResult
@@ -43,7 +46,7 @@ def verdict(results: Sequence[Result]) -> list[str]:
     pairs = by_pair(results)
     told = []
     for name, found in pairs.items():
-        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found), *_written(found)]
+        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found), *_circuits(found), *_written(found)]
         told += [f"{name}: {sentences[0]}", *sentences[1:]] if len(pairs) > 1 and sentences else sentences
     return told
 
@@ -59,10 +62,15 @@ def cautions(results: Sequence[Result]) -> list[str]:
 
 
 def by_pair(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each pair, by the names of its models; with a fingerprint where two pairs have the same names."""
+    """The results of each pair, by the names of its models; with a fingerprint where two pairs have the same names.
+
+    What compares circuits alone has no models, and belongs to the pair before it.
+    """
     weights: dict[tuple[str, ...], list[Result]] = {}
+    pair: tuple[str, ...] = ()
     for result in results:
-        weights.setdefault(tuple(m["fingerprint"] for m in result.meta.models), []).append(result)
+        pair = tuple(m["fingerprint"] for m in result.meta.models) or pair
+        weights.setdefault(pair, []).append(result)
     names = {key: " -> ".join(m["name"] for m in found[0].meta.models) for key, found in weights.items()}
     alike = [name for name in names.values() if list(names.values()).count(name) > 1]
     return {names[key] + (f" ({key[-1][:8]})" if names[key] in alike else ""): found for key, found in weights.items()}
@@ -183,6 +191,32 @@ def _place(found: Sequence[Any]) -> Iterator[str]:
         yield f"Straight paths: {d.summary().split(';')[0]} (n = {d.clean.shape[1]} pairs)."
 
 
+def _circuits(found: Sequence[Any]) -> Iterator[str]:
+    """The heads that were found in each model, what base's do in both, and how many the two share."""
+    for search in _of(found, "circuit_discovery"):
+        s: CircuitDiscoveryResult = search
+        yield f"Searched stage by stage on {_about(s)}: {s.summary().split('; n = ')[0]} (n = {s.clean.shape[1]} pairs)."
+    for evaluation in _of(found, "circuit_evaluation"):
+        e: CircuitEvaluationResult = evaluation
+        told = [_kept(e, side) for side in e.sides]
+        yield f"The circuit of base does alone {_join(told)} of what the whole model does on fresh prompts (n = {e.full.shape[1]})."
+    for overlap in _of(found, "circuit_overlap"):
+        o: CircuitOverlapResult = overlap
+        i = o.main
+        a, b, shared, chance = (float(x[i]) for x in (o.size_a, o.size_b, o.shared, o.chance))
+        mine = f"Base's circuit has {a:.0f} heads and tuned's {b:.0f}"
+        yield f"{mine}; {shared:.0f} are in both, where chance gives {chance:.2g} (p = {float(o.p[i]):.2g})."
+
+
+def _kept(e: CircuitEvaluationResult, side: str) -> str:
+    share = e.faithfulness(side)
+    if share.refused:
+        return f"a share without meaning in {side} (all heads knocked out, it does as well)"
+    draws = e.random_faithfulness(side)
+    beside = f", random circuits {float(draws[:, -1].mean()):.2g}" if len(draws) else ""
+    return f"{_interval(share)} in {side}{beside}"
+
+
 def _written(found: Sequence[Any]) -> Iterator[str]:
     """How much of what the tuned model is about to say was written by tuning."""
     for contribution in _of(found, "tuco"):
@@ -192,7 +226,8 @@ def _written(found: Sequence[Any]) -> Iterator[str]:
             continue
         told = [f"{name} ({_mean(t.mean_of(rows), len(rows))})" for name, rows in t.by_set.items()]
         if len(told) > 1:
-            yield f"Of {len(told)} sets of prompts, tuning wrote most of the stream on {told[0]}, least on {told[-1]} (mean TuCo)."
+            ends = f"highest on {told[0]} and lowest on {told[-1]} (mean TuCo)"
+            yield f"Of {len(told)} sets of prompts, tuning's share of what was written into the stream was {ends}."
         else:
             on = told[0] if told else f"{_about(t)} ({_mean(t.mean_of(list(range(len(t.tuco)))), len(t.tuco))})"
             yield f"The mean TuCo, tuning's share of what was written into the stream, on {on}."
@@ -266,8 +301,11 @@ def _small(found: Sequence[Any]) -> Iterator[str]:
     for t in _of(found, "tuco"):
         least = min([len(rows) for rows in t.by_set.values()] or [len(t.tuco)])
         few += [f"tuco has {least} prompts in its smallest set"] if least < FEW_PAIRS else []
+    for d in _of(found, "tuco_detection"):
+        least = min(int(d.is_positive.sum()), int((~d.is_positive).sum()))
+        few += [f"tuco_detection has {least} prompts in its smaller set"] if least < FEW_PAIRS else []
     if few:
-        yield f"Small samples: {_join(few)}; --effort full takes more."
+        yield f"Small samples: {_join(few)}; --effort full takes more, where they come from tasks and not from a file."
 
 
 def _silent(found: Sequence[Any]) -> Iterator[str]:

@@ -31,6 +31,8 @@ FEW = {
     "task_accuracy": 20,
     **dict.fromkeys(("activation_patching", "cross_patching", "path_patching", "edge_attribution"), 2),
     **dict.fromkeys(("tuco", "tuco_detection"), 3),
+    **dict.fromkeys(("circuit_discovery", "circuit_overlap"), 8),
+    "circuit_evaluation": 4,
 }
 
 
@@ -105,13 +107,15 @@ def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, m
     words = (*pair, "--task=ioi", "--prompts", pairs_file, "--out=o")
     code, out, err = cli(*words)
     assert (code, err) == (0, "")
+    certain = [row.analysis for row in PLAN if not row.demanding]
+    assert "left out: circuit_discovery" in out and "needs at least 6" in out and out.count("left out") == 1
     folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
-    assert sorted(f.parent.name for f in folders) == sorted(row.analysis for row in PLAN)
+    assert sorted(f.parent.name for f in folders) == sorted(certain)
     page = Path("o/report.html").read_text()
     for part in ("The weights moved by", "L1.W_out", "Neither model is above chance on ioi", "Small samples", 'class="verdict"'):
         assert part in page, part
     told = json.loads(Path("o/report.json").read_text())
-    assert [r["analysis"] for r in told["results"]] == [row.analysis for row in PLAN] and told["verdict"] and told["warnings"]
+    assert [r["analysis"] for r in told["results"]] == certain and told["verdict"] and told["warnings"]
     for result in told["results"]:  # every command of the page can be read back
         assert parse(result["command"][1:]).analysis == result["analysis"]
         assert f"--base={pair[0]}" in result["command"]
@@ -119,8 +123,8 @@ def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, m
 
     stamps = {f: (f / "result.json").stat().st_mtime_ns for f in folders}
     monkeypatch.setattr(Speed, "of", lambda pair: pytest.fail("no weights are loaded when everything is there"))
-    code, out, _ = cli(*words)
-    assert code == 0 and out.count("(already there)") == len(PLAN) == out.count("already there\n")
+    code, out, _ = cli(*words, "--only=" + ",".join(certain))
+    assert code == 0 and out.count("(already there)") == len(certain) == out.count("already there\n")
     assert {f: (f / "result.json").stat().st_mtime_ns for f in folders} == stamps
 
 
@@ -199,6 +203,30 @@ def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, m
             assert main([*words[1:], f"--out={row.analysis}{i}"]) == 0
             (again,) = store.saved(f"{row.analysis}{i}/results")
             assert again.name == store.saved(f"o/results/{row.analysis}")[0].name
+
+
+def test_circuits_are_searched_and_evaluated_on_fresh_prompts(cli, monkeypatch) -> None:
+    from interp import store
+
+    sizes = {"circuit_discovery": 16, "circuit_evaluation": 3, "circuit_overlap": 16}
+    rows = [dataclasses.replace(row, prompts=dict.fromkeys(row.prompts, sizes[row.analysis])) for row in PLAN if row.demanding]
+    monkeypatch.setattr(COMPARE, "PLAN", tuple(rows))
+    code, out, err = cli("--task=boxes", "--out=o")
+    assert (code, err) == (0, "")
+    search, evaluation, overlap = (store.load(store.saved(Path("o/results") / name)[0]) for name in sizes)
+    assert evaluation.labels["node"] == tuple(map(str, search.circuit("base").nodes)) and evaluation.sides == ("base", "tuned")
+    asked = {entry["parameter"]: entry for entry in evaluation.meta.inputs}
+    assert (asked["prompts"]["task"], asked["prompts"]["n"], asked["prompts"]["seed"]) == ("boxes", 3, 1)
+    base, tuned = ({(s.layer, s.head, role) for s, role in search.circuit(side).roles.items()} for side in ("base", "tuned"))
+    assert float(overlap.shared[overlap.main]) == len(base & tuned) and int(overlap.size_b[overlap.main]) == len(tuned)
+    told = json.loads(Path("o/report.json").read_text())
+    for start in ("Searched stage by stage on boxes: base: ", "The circuit of base does alone ", f"Base's circuit has {len(base)} heads"):
+        assert any(line.startswith(start) for line in told["verdict"]), start
+    for result in told["results"]:  # every command of the page gives what is on it
+        assert main([*result["command"][1:], "--out=alone"]) == 0
+        names = [store.saved(Path(o) / "results" / result["analysis"])[0].name for o in ("o", "alone")]
+        assert names[0] == names[1]
+    assert main(["compare", "--task=boxes", "--out=o", "--only=circuit_overlap"]) == 2, "there is nothing to compare"
 
 
 def test_chats_are_asked_where_the_tuned_model_has_a_template(capsys) -> None:

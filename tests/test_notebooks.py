@@ -11,6 +11,8 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SECONDS = 60
+LONG = ("01_ioi_from_scratch", "03_one_circuit_two_tasks")
+"""Searches and evaluations of circuits: half a minute each."""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -20,7 +22,9 @@ def test_outputs_are_stripped(path: Path):
     assert [cell.source for cell in cells if cell.outputs or cell.execution_count is not None] == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.full) if path.stem in LONG else path for path in NOTEBOOKS], ids=lambda path: path.stem
+)
 def test_runs_in_a_fresh_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run beside each other

@@ -118,3 +118,21 @@ def test_a_quick_run_writes_the_page(tmp_path) -> None:
     )
     wrong = subprocess.run([*words[:3], "--n=300"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "different questions, and n is 300" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_circuits_are_measured_and_told_in_the_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import circuits
+
+    from interp.organisms import card
+
+    told = card("base").partition(f"\n{circuits.HEADING}\n")[2]
+    said = [line.split(":")[0] for line in told.splitlines() if line.startswith("- ")]
+    assert len(said) == 6 and "95 % intervals" in told and "--n 400" in told and "random circuits" in told
+    assert circuits.main(["--n", "64", "--draws", "1"]) == 0
+    again = capsys.readouterr().out
+    assert [line.split(":")[0] for line in again.splitlines() if line.startswith("- ")] == said
+    assert "L0H3 with 1.0" in told and "L0H3 with 1.0" in again, "one head does it, on few prompts as on many"
+    monkeypatch.setattr(circuits, "folder", lambda name: tmp_path)
+    assert circuits.written(again[again.index(circuits.HEADING) :]).read_text().count(circuits.HEADING) == 1

@@ -115,8 +115,8 @@ def test_tuning_share_is_told_by_set() -> None:
     shares = [{"text": 0.1, "ioi": 0.2, "boxes": 0.4}[name] + (0.01 if i % 2 else -0.01) for i, name in enumerate(sets)]
     (told,) = verdict([contribution(shares, sets)])
     # the bootstrap of 12 values of +-0.01 has a standard error of 0.01 / sqrt(12) = 0.0029
-    assert told.startswith("Of 3 sets of prompts, tuning wrote most of the stream on boxes (0.4 [0.39")
-    assert "least on text (0.1 [0.09" in told and "n = 12)" in told and cautions([contribution(shares, sets)]) == []
+    assert told.startswith("Of 3 sets of prompts, tuning's share of what was written into the stream was highest on boxes (0.4 [0.39")
+    assert "lowest on text (0.1 [0.09" in told and "n = 12)" in told and cautions([contribution(shares, sets)]) == []
     alone = contribution(shares[:12], [])
     alone.meta.inputs = ({"text": "mine.txt"},)
     assert verdict([alone])[0].startswith("The mean TuCo, tuning's share of what was written into the stream, on mine.txt (0.1 [")
@@ -126,7 +126,9 @@ def test_tuning_share_is_told_by_set() -> None:
 
 def test_tuning_share_comes_with_its_cautions() -> None:
     shares, sets = [0.1] * 12, ["a"] * 9 + ["b"] * 3
-    assert cautions([contribution(shares, sets)]) == ["Small samples: tuco has 3 prompts in its smallest set; --effort full takes more."]
+    assert cautions([contribution(shares, sets)]) == [
+        "Small samples: tuco has 3 prompts in its smallest set; --effort full takes more, where they come from tasks and not from a file."
+    ]
     assert cautions([contribution(shares, [], rounding=[0.02])]) == [
         "Tuco: rounding to half precision alone gives TuCo 0.02, and the median prompt has 0.1."
     ]
@@ -143,6 +145,7 @@ def detection(apart: float, length: int):
         tuning=tuning, pre=1 - tuning, length=torch.tensor([5 + length] * 20 + [5] * 20), is_positive=torch.arange(40) < 20,
         base_output=None, output_change=None, closure=torch.zeros(40).double(), floor=torch.zeros(1).double(),
         rounding=torch.zeros(0).double(), texts=tuple(map(str, range(40))), sets=("boxes", "text"), norm="l1", position="END", draw_seed=0,
+        forms=("", ""), repeats=0,
     )  # fmt: skip
     found = stamped(result, "tuco_detection")
     found.meta.inputs = ()

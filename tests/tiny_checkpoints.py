@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,17 @@ def tiny(kind: str, seed: int = 0, **changes: object) -> nn.Module:
     cls, settings = CONFIGS[kind]
     config = cls(**{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **settings, **changes})
     return randomised(transformers.AutoModelForCausalLM.from_config(config), seed)
+
+
+def sharp(kind: str, **changes: Any) -> Any:
+    """A tiny model whose attention is not nearly uniform, or queries and keys would hardly matter."""
+    model: Any = tiny(kind, seed=1, **changes)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(part in name for part in ("c_attn.weight", "query_key_value.weight", "q_proj.weight", "k_proj.weight")):
+                p.mul_(1.5)
+    return model
 
 
 def randomised(model: nn.Module, seed: int) -> nn.Module:
