@@ -58,3 +58,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/tuco.py
 	$(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/dcm.py

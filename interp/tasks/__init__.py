@@ -17,6 +17,7 @@ TASKS = (
     "ioi",
     "colored_objects",
     "boxes",
+    "boxes_variants",
     "laundry_list",
     "arithmetic",
     "facts",

@@ -21,7 +21,7 @@ class Boxes(Task):
     Positions: ``object1..N``, ``label1..N``, the sets ``objects`` and ``labels``, ``query_label``,
     ``previous_query_label`` (where the label stood in the list), ``target`` (the queried object in the
     list), ``END``. In a counterfactual ``query`` or ``absent`` those two stand where they stand in the
-    clean prompt, so that places match one for one; in ``position`` they belong to its own question.
+    clean prompt, so that places match one for one; in the others they belong to its own question.
 
     Attributes:
         n_boxes: how many boxes.
@@ -32,17 +32,31 @@ class Boxes(Task):
             prompts of Prakash et al., whose letter could coincide with a label). ``position``: a
             prompt with other objects and other labels that asks for a segment other than the clean
             one's; the distractor is the clean object in that segment, what the model would say if it
-            followed the position. Segments never coincide.
+            followed the position. Segments never coincide. ``object``: the same prompt, and the
+            distractor is its own answer, what the model would say if the value moved over. ``label``: a
+            prompt with other objects that asks for the label of another of the clean boxes, which
+            stands in a segment that is neither the clean one's nor its own there (so it takes three
+            boxes; all its other labels are new); the distractor is the clean object of that label.
+
+    The last three are desiderata (Prakash et al.; ``dcm`` searches for heads that meet one): a variable of the
+    counterfactual that may be carried over, and as the clean prompt's distractor the answer if it is. That is
+    never the clean answer, so doing nothing meets none of them.
     """
 
     n_boxes: int = 7
     queries: Literal["one", "all"] = "one"
-    corrupt: Literal["query", "absent", "position"] = "query"
+    corrupt: Literal["query", "absent", "object", "label", "position"] = "query"
 
     name: ClassVar[str] = "boxes"
     summary: ClassVar[str] = "Which object is in the box asked for, among several boxes (entity tracking)."
     paper: ClassVar[str] = "Prakash et al. 2024, arXiv 2402.14811"
     ranges: ClassVar[dict[str, tuple[int, int]]] = {"n_boxes": (2, 11)}
+
+    def __post_init__(self) -> None:
+        """Refuse too few boxes for three different segments."""
+        super().__post_init__()
+        if self.corrupt == "label" and self.n_boxes < 3:
+            self._refuse("n_boxes", self.n_boxes, "3 to 11 with corrupt=label, where label, position and question are three segments")
 
     @property
     def chance(self) -> float:
@@ -89,10 +103,13 @@ class Boxes(Task):
                 text, spans = self._prompt(fresh, letters[:n], letters[n], asked)
                 corrupt = Example(text, "", None, (), spans, context=context, tags={"segment": "absent"})
             else:
-                text, spans = self._prompt(fresh, letters, letters[other], other)
-                corrupt = Example(text, choices[other], choices[asked], choices, spans, context=context, tags={"segment": str(other + 1)})
+                there = other if self.corrupt != "label" else stream.choice([i for i in range(n) if i not in (asked, other)])
+                letters[there] = labels[other] if self.corrupt == "label" else letters[there]
+                text, spans = self._prompt(fresh, letters, letters[there], there)
+                corrupt = Example(text, choices[there], choices[asked], choices, spans, context=context, tags={"segment": str(there + 1)})
+        moved = corrupt.answer if self.corrupt == "object" else answers[other]
         text, spans = self._prompt(objects, labels, labels[asked], asked)
-        return Example(text, answers[asked], answers[other], answers, spans, corrupt, context, tags)
+        return Example(text, answers[asked], moved, answers, spans, corrupt, context, tags)
 
 
 TASK = Boxes
