@@ -378,6 +378,9 @@ def analysis(version: int = 1) -> Callable[[Callable[P, R]], Analysis[P, R]]:
             except TypeError as error:
                 raise TypeError(f"{function.__name__}(): {error}") from None
             arguments.apply_defaults()
+            for name, value in arguments.arguments.items():
+                if signature.parameters[name].annotation in ("ModelPair", "'ModelPair'") and not hasattr(value, "tuned"):
+                    raise InputError(f"{function.__name__} compares two models: {name} is a ModelPair, but {type(value).__name__} came")
             return dict(arguments.arguments)
 
         def describe(*args: P.args, **kwargs: P.kwargs) -> Meta:

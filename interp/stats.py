@@ -116,13 +116,14 @@ def ratio_of_means(numerator: object, denominator: object, *, seed: int = 0, lev
     if not 0 < level < 1:
         raise InputError(f"the level of an interval lies between 0 and 1, but it is {level}")
     value = top.mean(0) / bottom.mean()
-    if top.shape[0] < 2:
+    if top.shape[0] < 2 or not value.numel():
         return Estimate(value, torch.full_like(value, math.nan), torch.full_like(value, math.nan))
     counts = resample_counts(top.shape[0], seed, resamples)
     below = (counts @ bottom)[:, None]
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     columns = top.reshape(top.shape[0], -1).split(max(1, _CHUNK // resamples), dim=1)
-    low, high = torch.cat([torch.quantile(counts @ cells / below, ends, dim=0) for cells in columns], dim=1)
+    # A resample without any difference says nothing where its numerator is 0, too; elsewhere it is as wide as can be.
+    low, high = torch.cat([torch.nanquantile(counts @ cells / below, ends, dim=0) for cells in columns], dim=1)
     return Estimate(value, low.reshape(value.shape), high.reshape(value.shape))
 
 
@@ -188,9 +189,10 @@ def changed(first: Sequence[Tensor], second: Sequence[Tensor], seed: int = 0) ->
     for cells in range(0, value.numel(), step):
         draws = []
         for patched, start, goal in (first, second):
-            gain = (patched.double() - start.double().reshape(-1, *[1] * (patched.ndim - 1))).flatten(1)[:, cells : cells + step]
+            gain = (patched.double() - start.double().reshape(-1, *[1] * (patched.ndim - 1))).reshape(len(start), -1)
+            gain = gain[:, cells : cells + step]
             draws.append(counts @ gain / (counts @ (goal - start).double())[:, None])
-        ends = (draws[1] - draws[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        ends = (draws[1] - draws[0]).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
         low.append(ends[0])
         high.append(ends[1])
     return Estimate(value, torch.cat(low).reshape(value.shape), torch.cat(high).reshape(value.shape))

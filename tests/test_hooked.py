@@ -723,5 +723,8 @@ def test_wrapping_that_computes_something_else_is_refused(monkeypatch):
         real(self)
 
     monkeypatch.setattr(wrap.Wrapped, "refresh", broken)
+    for _ in range(2):  # and not let through the next time
+        with pytest.raises(InputError, match="differ from plain Hugging Face"):
+            model.logits(batch())
     with pytest.raises(InputError, match="differ from plain Hugging Face"):
         model.logits(batch())

@@ -181,6 +181,17 @@ def test_ratio_of_means_resamples_pairs() -> None:
     np.testing.assert_allclose(got.value, n.mean(0) / d.mean())
     with pytest.raises(InputError, match=r"\[40, 2\] and \[40, 2\]"):
         stats.ratio_of_means(n, n)
+    rare = torch.tensor([1.0, 0, 0, 0])  # a third of the resamples have neither
+    some = stats.ratio_of_means(rare * 0.5, rare)
+    assert (float(some.low), float(some.high)) == (0.5, 0.5) and not stats.ratio_of_means(n[:, :0], d).value.numel()
+
+
+def test_changed_takes_one_value_per_prompt() -> None:
+    start, goal = normal(30), normal(30, seed=1) + 4
+    first, second = start + 0.25 * (goal - start), start + 0.75 * (goal - start)
+    one = stats.changed((first, start, goal), (second, start, goal))
+    many = stats.changed((first[:, None], start, goal), (second[:, None], start, goal))
+    assert float(one.value) == pytest.approx(0.5) and one.low.ndim == 0 and torch.equal(one.low, many.low[0])
 
 
 def test_recovered() -> None:

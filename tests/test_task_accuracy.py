@@ -226,3 +226,8 @@ def test_round_trip(tmp_path: Any, pair: ModelPair, tops: tuple[int, ...]) -> No
     again = TaskAccuracyResult.load(result.save(tmp_path / "r"))
     assert again.to_frame().equals(result.to_frame()) and again.summary() == result.summary() and again.said == result.said
     assert result.meta.seed == 2 and result.meta.settings == {"n": 6, "among": "auto"} and result.meta.inputs[0]["text"] == "toy"
+
+
+def test_one_model_is_no_pair() -> None:
+    with pytest.raises(InputError, match="task_accuracy compares two models: pair is a ModelPair, but HookedModel came"):
+        task_accuracy(HookedModel.load(tiny("llama")), "ioi")  # type: ignore[arg-type]

@@ -157,14 +157,16 @@ class HookedModel(Editing):
     @property
     def wrapped(self) -> Wrapped:
         """The model in memory; loads it on first use."""
-        if self._wrapped is None:
-            self._wrapped = Wrapped(self._source())
-            assert_faithful(self)
-        elif self._wrapped.stale:
-            if self._edits:
+        if self._wrapped is None or self._wrapped.stale:
+            if self._wrapped is not None and self._edits:
                 raise InputError(f"modules of {self.name} were replaced while it was edited; leave model.edited(...) first")
-            self._wrapped = Wrapped(self._wrapped.source)
-            assert_faithful(self)
+            before = self._wrapped
+            self._wrapped = Wrapped(self._source() if before is None else before.source)
+            try:
+                assert_faithful(self)
+            except InputError:  # refused now and the next time
+                self._wrapped = before
+                raise
         return self._wrapped
 
     def sides(self) -> Iterator[tuple[str, HookedModel]]:
