@@ -110,8 +110,10 @@ figcaption{{margin:.1em 0 .4em;max-width:85ch}}
 .plotly-graph-div{{width:100%;min-width:560px}}
 .scroll{{overflow-x:auto;max-width:100%}}
 table{{border-collapse:collapse;font-size:.85rem;margin:.6em 0}}
-th,td{{padding:3px 10px;border-bottom:1px solid {GRID};text-align:left;vertical-align:top;white-space:pre}}
+th,td{{padding:3px 10px;border-bottom:1px solid {GRID};text-align:left;vertical-align:top;white-space:pre-wrap}}
+td{{min-width:4ch;max-width:70ch}}
 thead th{{border-bottom:2px solid {GRID}}}
+th,.number{{white-space:pre}}
 .number{{text-align:right;font-variant-numeric:tabular-nums}}
 .extra th,.extra td{{white-space:pre-wrap}}
 .facts th{{font-weight:normal;color:{FAINT}}}
