@@ -95,6 +95,30 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What a search said of the heads of one role.
+
+    Attributes:
+        scores: head at a position -> its score, of every head that could have the role, taken or not.
+        chosen: the heads that were taken.
+    """
+
+    scores: Mapping[Site, float]
+    chosen: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no head, and bring all into one order."""
+        for site in (*self.scores, *self.chosen):
+            if site.component != "z":
+                raise InputError(f"a ranking is of heads such as L0H1.z@S2, not of {site}")
+        if odd := [site for site, score in self.scores.items() if not abs(score) < math.inf]:
+            raise InputError(f"the ranking gives {odd[0]} the score {self.scores[odd[0]]}, which is not a finite number")
+        scores = {site: float(self.scores[site]) for site in sorted(self.scores, key=_key)}
+        object.__setattr__(self, "scores", MappingProxyType(scores))
+        object.__setattr__(self, "chosen", tuple(sorted(set(self.chosen), key=_key)))
+
+
+@dataclass(frozen=True)
 class Circuit:
     """Nodes and edges of a model that carry a behaviour.
 
@@ -109,6 +133,8 @@ class Circuit:
         scores: node or edge -> a number of the analysis that found it.
         prompts: digest of the prompts it was found on.
         contexts: their contexts, so that it is not evaluated on what it was found on.
+        rankings: role -> what a search said of every head. A node has one of ``roles``, but may be chosen here in several.
+            It belongs to the search as a whole: set operations drop it.
     """
 
     model: tuple[int, int, int]
@@ -118,6 +144,7 @@ class Circuit:
     scores: Mapping[Site | Edge, float] = field(default_factory=dict)
     prompts: str | None = None
     contexts: tuple[str, ...] = ()
+    rankings: Mapping[str, Ranking] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every part against the sizes, and bring sets into one order, so that equal circuits are equal values."""
@@ -136,6 +163,12 @@ class Circuit:
             if node not in there:
                 raise InputError(f"{node} has the role {role!r} but is no node of the circuit")
             HeadGroup(((0, 0),), name=role)  # a role is the name of a group of heads
+        for role, ranking in self.rankings.items():
+            HeadGroup(((0, 0),), name=role)
+            for site in ranking.scores:
+                self._within(site)
+            if strange := [site for site in ranking.chosen if site not in there]:
+                raise InputError(f"{strange[0]} is chosen in the ranking of {role!r} but is no node of the circuit")
         known = {*self.nodes, *self.edges}
         for part, score in self.scores.items():
             if part not in known or not abs(score) < math.inf:
@@ -145,7 +178,8 @@ class Circuit:
         roles = MappingProxyType({n: self.roles[n] for n in nodes if n in self.roles})
         scores = MappingProxyType({p: float(self.scores[p]) for p in (*nodes, *edges) if p in self.scores})
         contexts = tuple(sorted(set(self.contexts)))
-        for name, value in {"nodes": nodes, "edges": edges, "roles": roles, "scores": scores, "contexts": contexts}.items():
+        made = {"nodes": nodes, "edges": edges, "roles": roles, "scores": scores, "contexts": contexts}
+        for name, value in {**made, "rankings": MappingProxyType(dict(self.rankings))}.items():
             object.__setattr__(self, name, value)
 
     def _within(self, site: Site) -> None:
@@ -210,6 +244,22 @@ class Circuit:
             raise InputError(f"the circuit is of a model with (layers, heads, key/value heads) {self.model}, this one has {came}")
         return self
 
+    def check_unseen(self, contexts: Iterable[str], digest: str) -> Self:
+        """The circuit, if it was not found on these prompts.
+
+        Args:
+            contexts: those of the prompts.
+            digest: theirs.
+
+        Raises:
+            InputError: it was found on some of their contexts, or on all of them.
+        """
+        shared = set(contexts) & set(self.contexts)
+        if shared or digest == self.prompts:
+            which = f"{len(shared)} of their contexts, such as {min(shared)[:60]!r}," if shared else "all of them"
+            raise InputError(f"the circuit was found on these prompts ({which} were seen there); take others, as prompts.split() gives")
+        return self
+
     def __or__(self, other: Circuit) -> Circuit:
         """What is in either. Scores are dropped: those of two analyses are not comparable.
 
@@ -245,12 +295,17 @@ class Circuit:
         # Whatever was seen in finding either circuit stays known.
         prompts = self.prompts if self.prompts == other.prompts else None
         contexts = (*self.contexts, *other.contexts)
-        return replace(self, nodes=tuple(nodes), edges=tuple(edges), roles=roles, scores=scores, prompts=prompts, contexts=contexts)
+        kept = {"nodes": tuple(nodes), "edges": tuple(edges), "roles": roles, "scores": scores}
+        return replace(self, **kept, prompts=prompts, contexts=contexts, rankings={})
 
     def _body(self) -> dict[str, Any]:
         def row(part: Site | Edge, **more: Any) -> dict[str, Any]:
             return {**more, **({"score": self.scores[part]} if part in self.scores else {})}
 
+        ranked = {
+            role: {"scores": {str(s): x for s, x in ranking.scores.items()}, "chosen": [str(s) for s in ranking.chosen]}
+            for role, ranking in self.rankings.items()
+        }
         return {
             "format": FORMAT,
             "model": list(self.model),
@@ -258,6 +313,7 @@ class Circuit:
             "edges": [row(e, edge=str(e)) for e in self.edges],
             "prompts": self.prompts,
             "contexts": list(self.contexts),
+            **({"rankings": ranked} if ranked else {}),
         }
 
     @property
@@ -308,7 +364,8 @@ class Circuit:
                     roles[part] = _entries(row, str(part), {"role": str})["role"]
                 if "score" in row:
                     scores[part] = _entries(row, str(part), {"score": float})["score"]
-        return cls(tuple(got["model"]), tuple(nodes), tuple(edges), roles, scores, prompts, tuple(got["contexts"]))
+        rankings = _rankings(body.get("rankings", {}))
+        return cls(tuple(got["model"]), tuple(nodes), tuple(edges), roles, scores, prompts, tuple(got["contexts"]), rankings)
 
 
 def _node(site: Site) -> Site:
@@ -316,6 +373,20 @@ def _node(site: Site) -> Site:
     if site.component not in SENDERS or (site.component == "z") != (site.head is not None):
         raise InputError(f"{site} is no node; nodes send: embed@IO, L0H1.z@S2 or L2.mlp_out@END")
     return site
+
+
+def _rankings(body: Any) -> dict[str, Ranking]:
+    """The rankings of a file."""
+    if not isinstance(body, dict):
+        raise InputError(f"its rankings are a {type(body).__name__}, expected an object with a role for every entry")
+    found = {}
+    for role, row in body.items():
+        got = _entries(row, f"the ranking {role}", {"scores": dict, "chosen": list})
+        if not all(isinstance(text, str) for text in got["chosen"]):
+            raise InputError(f"chosen of the ranking {role} are texts such as L0H1.z@S2")
+        scores = {Site.parse(text): _entries(got["scores"], f"the ranking {role}", {text: float})[text] for text in got["scores"]}
+        found[role] = Ranking(scores, tuple(Site.parse(text) for text in got["chosen"]))
+    return found
 
 
 def _entries(row: Any, what: str, kinds: Mapping[str, type]) -> dict[str, Any]:

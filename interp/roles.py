@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import InputError
@@ -101,9 +101,38 @@ def scores(
 
 def attention_from(model: HookedModel, batch: Batch, position: str | int) -> Float[Tensor, "prompt layer head key"]:
     """Attention of every head from one token of each prompt."""
+    return torch.cat([attention for _, attention in _rows_from(model, batch, position)])
+
+
+def _rows_from(model: HookedModel, batch: Batch, position: str | int) -> Iterator[tuple[slice, Float[Tensor, "prompt layer head key"]]]:
+    """The same, some prompts at a time."""
     batch.index(position)  # one token each, or a sentence about it
-    found = model.capture(batch, [Site("pattern", layer, position=position) for layer in range(model.shape.n_layers)])
-    return torch.stack(list(found.values()), dim=1).float().cpu()
+    sites, width = [Site("pattern", layer, position=position) for layer in range(model.shape.n_layers)], batch.ids.shape[1]
+    step = max(1, _HELD // (4 * model.shape.n_heads * width * max(width, 2 * len(sites))))  # a layer has all its rows for a moment
+    for first in range(0, len(batch), step):
+        rows = list(range(first, min(first + step, len(batch))))
+        found = torch.stack(list(model.capture(batch.select(rows), sites).values()), dim=1).float().cpu()
+        wide = torch.nn.functional.pad(found, (0, width - found.shape[-1]))  # these prompts may all be shorter
+        yield slice(rows[0], rows[-1] + 1), wide
+
+
+def targets_from(pattern: Pattern, batch: Batch, where: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt key"]:
+    """The keys that a head of this kind attends to from one token of each prompt: rows of ``targets``, without the others."""
+    ids, key, query = batch.ids, torch.arange(batch.ids.shape[1])[None], where[:, None]
+    there = batch.mask & (key >= 1)
+    if pattern == "previous_token":
+        return there & (key == query - 1)
+    same = (ids == ids.gather(1, query)) & (key < query)
+    if pattern == "duplicate_token":
+        return there & same
+    behind = torch.zeros_like(same)
+    behind[:, 1:] = same[:, :-1]
+    return there & behind & (key <= query)
+
+
+def even_from(batch: Batch, where: Int[Tensor, " prompt"]) -> Float[Tensor, "prompt key"]:
+    """Attention that is spread evenly over all tokens up to one of each prompt."""
+    return (torch.arange(batch.ids.shape[1])[None] <= where[:, None]).double() / (where[:, None] + 1)
 
 
 def looks(
@@ -115,23 +144,21 @@ def looks(
     ``PATTERNS``, then the named positions but END, as they come.
     """
     done: dict[str | int, tuple[Tensor, Tensor]] = {}
-    uniform, names = even(batch), [name for name in batch.positions if name != "END"]
+    batch = batch.to("cpu")
+    names = [name for name in batch.positions if name != "END"]
     for place in dict.fromkeys(places):
-        attention, where = attention_from(model, batch, place).double(), batch.index(place).cpu()
-        rows = torch.arange(len(where))
+        where = batch.index(place)
         before = torch.arange(batch.ids.shape[1])[None] <= where[:, None]
-        wanted = [targets(pattern, batch)[rows, where] for pattern in PATTERNS]
-        wanted += [named(batch, name) & before for name in names]
-        done[place] = _means(attention, wanted), _means(uniform[rows, where][:, None, None], wanted)[:, 0, 0]
+        patterned = [targets_from(pattern, batch, where) for pattern in PATTERNS]
+        wanted = torch.stack([*patterned, *(named(batch, name) & before for name in names)])  # [kind prompt key]
+        total = torch.zeros(len(wanted), model.shape.n_layers, model.shape.n_heads, dtype=torch.float64)
+        for rows, attention in _rows_from(model, batch, place):
+            total += torch.einsum("kpt,plht->klh", wanted[:, rows].double(), attention.double())
+        some = wanted.any(-1)
+        count = torch.where(some.any(1), some.sum(1).double(), torch.nan)
+        uniform = (wanted * even_from(batch, where)).sum((1, 2)) / count
+        done[place] = total / count[:, None, None], uniform
     return torch.stack([done[place][0] for place in places]), torch.stack([done[place][1] for place in places])
-
-
-def _means(attention: Float[Tensor, "prompt layer head key"], wanted: Sequence[Tensor]) -> Float[Tensor, "kind layer head"]:
-    found = []
-    for target in wanted:
-        some = target.any(-1)
-        found.append((attention * target[:, None, None]).sum(-1)[some].mean(0))
-    return torch.stack(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,10 @@ class Stages:
                     where = "itself" if role == stage.role else f"{role}, which comes later"
                     raise InputError(f"the stage {stage.role} sends to {where}; stages send to roles found before them")
                 if role not in earlier:
+                    if not earlier:
+                        raise InputError(
+                            f"the first stage, {stage.role}, sends to {role}, which no stage finds; it can send to logits only"
+                        )
                     raise unknown("role", role, earlier)
             earlier.append(stage.role)
         searched = [(s.role, s.receivers, s.at) for s in self.stages]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from interp.circuit import Circuit, Edge
+from interp.circuit import Circuit, Edge, Ranking
 from interp.errors import InputError
 from interp.plots.circuit import _curve, _layout, _readers
 from interp.sites import Site
@@ -138,8 +140,30 @@ def test_odd_values_are_refused():
             replace(IOI, scores=scores)
 
 
+def ranked() -> Circuit:
+    """A circuit with a head that two stages chose, and scores of heads that none did."""
+    heads = [n for n in IOI.nodes if n.component == "z"]
+    scores = {Site("z", 1, 0, "END"): 0.25, **{n: -0.5 for n in heads}}
+    return replace(IOI, rankings={"mover": Ranking(scores, tuple(heads)), "other": Ranking(scores, tuple(heads[:1]))})
+
+
+def test_rankings_are_kept_but_not_through_set_operations():
+    circuit = ranked()
+    assert circuit != IOI and circuit.digest != IOI.digest and "rankings" not in IOI._body(), "files without rankings stay as they were"
+    assert all(not made.rankings for made in (circuit | IOI, circuit & IOI, circuit - IOI))
+    with pytest.raises(InputError, match="is chosen in the ranking of 'mover' but is no node of the circuit"):
+        replace(IOI, rankings={"mover": Ranking({}, (Site.parse("L0H0.z@END"),))})
+    with pytest.raises(InputError, match="is not in a model of"):
+        replace(IOI, rankings={"mover": Ranking({Site.parse("L9H0.z@END"): 1.0})})
+    with pytest.raises(InputError, match="not a finite number"):
+        Ranking({Site.parse("L0H0.z@END"): float("nan")})
+    with pytest.raises(InputError, match="a ranking is of heads"):
+        Ranking({Site.parse("L0.mlp_out@END"): 1.0})
+
+
 def test_files_read_back(tmp_path):
-    for i, circuit in enumerate((IOI, found(), IOI - IOI, replace(IOI, roles={}), replace(found(), contexts=("Zoë \ud83d", "\n")))):
+    odd = replace(found(), contexts=("Zoë \ud83d", "\n"))
+    for i, circuit in enumerate((IOI, found(), IOI - IOI, replace(IOI, roles={}), odd, ranked())):
         again = Circuit.load(circuit.save(tmp_path / "new" / f"{i}.json"))
         assert again == circuit and again.digest == circuit.digest
 
@@ -173,7 +197,7 @@ def test_files_of_strangers(tmp_path):
 def test_no_damage_to_a_file_raises_anything_else(tmp_path):
     """One entry somewhere replaced by something odd: an InputError, or a circuit."""
     file = tmp_path / "circuit.json"
-    body = json.loads(found().save(file).read_text())
+    bodies = [json.loads(circuit.save(file).read_text()) for circuit in (found(), ranked())]
     draws = random.Random(0)
     odd = [None, True, -1, 0, 1e308, "", "x", "L0H0.z@END", [], ["x"], [[]], {}, {"site": "embed@S2"}, 10**400]
 
@@ -182,8 +206,8 @@ def test_no_damage_to_a_file_raises_anything_else(tmp_path):
         return [(x, key) for key, _ in inner] + [p for _, value in inner for p in places(value)]
 
     outcomes = set()
-    for _ in range(400):
-        damaged = copy.deepcopy(body)
+    for i in range(800):
+        damaged = copy.deepcopy(bodies[i % 2])
         owner, key = draws.choice(places(damaged))
         owner[key] = draws.choice(odd)
         file.write_text(json.dumps(damaged))
@@ -260,14 +284,44 @@ def test_width_follows_the_score_and_sign_and_texts_are_escaped():
     assert "L1H4.z@S2 -&gt; L2H0.v@S2<br>score: -1" in told and "L2H0.z@END<br>role: inhibition<br>edges from here: 1" in told
 
 
-def test_curves_go_from_node_to_node_and_around_what_stands_between():
-    for start, end in (((0.0, 0.0), (3.0, 1.0)), ((1.0, 0.0), (1.0, 4.0))):
-        way = _curve(start, end)
+def test_curves_go_from_node_to_node():
+    for start, end, bend in (((0.0, 0.0), (3.0, 1.0), 0.0), ((1.0, 0.0), (1.0, 4.0), 0.5), ((1.0, 0.0), (2.0, 4.0), -0.5)):
+        way = _curve(start, end, bend)
         assert way[0] == start and way[-1] == pytest.approx(end)
         assert all(b[1] > a[1] for a, b in zip(way, way[1:], strict=False))
-    assert max(x for x, _ in _curve((1.0, 0.0), (1.0, 4.0))) > 1.2 and max(x for x, _ in _curve((1.0, 0.0), (1.0, 1.0))) == 1
+    assert max(x for x, _ in _curve((1.0, 0.0), (1.0, 4.0), 0.5)) == 1.5 and max(x for x, _ in _curve((1.0, 0.0), (1.0, 1.0), 0.0)) == 1
 
 
 def test_an_empty_circuit_is_not_drawn():
     with pytest.raises(InputError, match="empty circuit"):
         (IOI - IOI).plot()
+
+
+def test_an_edge_keeps_off_nodes_that_are_not_its_own():
+    """One that ran through a node would look like two edges."""
+    nodes = [f"L{i}H3.z@END" for i in range(4)]
+    edges = ["L0H3.z@END -> L3.resid_post@END", "L0H3.z@END -> L3H3.q@END", "L0H3.z@END -> L1H3.q@END"]
+    circuit = Circuit.of(MODEL, {"a": nodes}, edges)
+    figure = circuit.plot()
+    at = drawn(circuit)
+    xaxis, yaxis = figure.layout.xaxis.range, figure.layout.yaxis.range
+    across, up = 900 / (xaxis[1] - xaxis[0]), (figure.layout.height - 130) / (yaxis[1] - yaxis[0])
+    lines = [(x, y) for f in figure.data if f.mode == "lines" and f.x[0] is not None for x, y in _pieces(f)]
+    assert len(lines) == 3
+    for xs, ys in lines:
+        for name, (x0, y0) in at.items():
+            if ys[0] < y0 < ys[-1]:
+                assert min(math.hypot((x - x0) * across, (y - y0) * up) for x, y in zip(xs, ys, strict=True)) > 18, name
+
+
+def _pieces(trace: Any) -> list[tuple[list[float], list[float]]]:
+    """The lines of a trace."""
+    found, xs, ys = [], [], []
+    for x, y in zip(trace.x, trace.y, strict=True):
+        if x is None:
+            found.append((xs, ys))
+            xs, ys = [], []
+        else:
+            xs.append(x)
+            ys.append(y)
+    return found

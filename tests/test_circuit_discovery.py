@@ -25,6 +25,7 @@ from interp.models import HookedModel, ModelPair
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site
 from interp.stages import READY, Stage, Stages
+from interp.sweeps.staged import by_context, grouped
 from interp.tasks import task
 
 # 7 pairs, 3 layers, 4 heads (2 key/value heads): no two sizes are alike, nor the lengths of clean and corrupt prompts
@@ -223,6 +224,16 @@ def test_a_backup_that_rests_writes_little_and_is_held_back_by_the_mover() -> No
     assert replace(result, patched=weaker).circuit().roles[mover] == "brake"
 
 
+def test_stages_of_one_sweep_share_a_figure() -> None:
+    made, asked, _ = built("ioi")
+    body = json.loads(PLANTED["ioi"])
+    body["stages"].insert(1, {"role": "negative", "receivers": "logits", "sign": "opposes"})
+    result = circuit_discovery(made.model, asked.generate(made.model, 8), stages=json.dumps(body))
+    figures = result.figures()
+    assert list(figures) == ["circuit", "1 mover, 2 negative", "3 inhibition", "4 duplicate"]
+    assert "chosen: mover L3H2; negative none" in figures["1 mover, 2 negative"].layout.title.text.replace("<br>", " ")
+
+
 def test_stages_that_find_nothing() -> None:
     made, asked, _ = built("ioi")
     pairs = asked.generate(made.model, 8)
@@ -253,6 +264,70 @@ def test_no_difference_no_search() -> None:
 
 
 # ---- settings
+
+
+def test_prompts_of_one_context_count_once() -> None:
+    """Six pairs and the same six copied ten times: the same statistics, whatever the order; every prompt keeps its values."""
+    model = HookedModel.load("base")
+    one = task("ioi").generate(model, 6, seed=7)
+    once = circuit_discovery(model, one, stages="ioi")
+    many = circuit_discovery(model, one[[3, 0, 5, 1, 4, 2] + list(range(6)) * 9], stages="ioi")
+    assert torch.equal(once.chosen, many.chosen) and many.patched.shape[-1] == 60
+    for k in range(len(once.steps)):
+        if once.searched[0, k]:
+            torch.testing.assert_close(many.test(k).adjusted, once.test(k).adjusted, atol=0, rtol=0)
+            torch.testing.assert_close(many.recovered(k).value, once.recovered(k).value, atol=1e-4, rtol=1e-4)
+    assert set(many.circuit().edges) == set(once.circuit().edges)
+    assert "n = 6 contexts of 60 prompt pairs" in many.summary() and "n = 6 prompt pairs" in once.summary()
+    frames = [r.to_frame().set_index(["stage", "site"]) for r in (once, many)]
+    for column in ("effect", "effect_se", "p"):
+        assert frames[1][column].to_numpy() == pytest.approx(frames[0][column].to_numpy(), rel=1e-3, abs=1e-4)
+    assert len(many.to_frame(per="prompt")) == 10 * len(once.to_frame(per="prompt"))
+
+
+def test_means_per_context() -> None:
+    group = grouped(("b", "a", "b", "c"))
+    assert group.tolist() == [0, 1, 0, 2]
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 8.0], [7.0, 0.0]])
+    assert by_context(values, group).tolist() == [[3, 5], [3, 4], [7, 0]]
+    assert by_context(values, grouped("abcd")) is values
+
+
+def test_an_edge_carries_what_its_own_stage_asks_for() -> None:
+    """Another stage that asks for less lets no edge of this one in."""
+    made, asked, _ = built("ioi")
+    body = json.loads(PLANTED["ioi"])
+    result = circuit_discovery(made.model, asked.generate(made.model, 8), stages=json.dumps(body))
+    values, found = result.edges["model"], [Edge.parse(text.removeprefix("model ")) for text in result.labels["edge"]]
+    sent, weaker = Edge.parse("L1H4.z@S2 -> L2H0.v@S2"), Edge.parse("L1H4.z@S2 -> L2H1.v@S2")
+    assert sent in result.circuit().edges and weaker not in found
+    # as if another inhibition head had been found, whose key/value head gets a tenth as much
+    tenth = result.clean[0] + 0.1 * (values[found.index(sent)] - result.clean[0])
+    chosen, edges = result.chosen.clone(), torch.cat([values, tenth[None]])
+    chosen[0, 1, 2, 2] = True
+    labels = {**result.labels, "edge": (*result.labels["edge"], f"model {weaker}")}
+    altered = replace(result, edges={"model": edges}, labels=labels, chosen=chosen)
+    share = float((result.clean[0] - tenth).mean() / (result.clean[0] - result.corrupt[0]).mean())
+    for least, there in ((share / 2, True), (share * 2, False)):
+        body["stages"][2]["least"] = least  # of the stage of this edge; those of the others stay at 1 %
+        assert (weaker in replace(altered, stages=json.dumps(body)).circuit().edges) == there
+
+
+def test_a_circuit_brings_the_scores_of_all_heads() -> None:
+    made, asked, _ = built("ioi")
+    result = circuit_discovery(made.model, asked.generate(made.model, 8), stages=PLANTED["ioi"])
+    circuit = result.circuit()
+    for k, stage in enumerate(result.steps):
+        ranking, share = circuit.rankings[stage.role], result.recovered(k).value
+        assert set(ranking.scores) == {Site("z", a, b, stage.at) for a, b in result.reaches[0, k].nonzero().tolist()}
+        assert all(x == float(share[s.layer, s.head]) for s, x in ranking.scores.items())
+        assert set(ranking.chosen) == {Site("z", a, b, stage.at) for a, b in result.chosen[0, k].nonzero().tolist()}
+    # chosen twice: one role, but in both rankings
+    both = result.chosen.clone()
+    both[0, 1, 3, 2] = True
+    twice = replace(result, chosen=both).circuit()
+    site = Site("z", 3, 2, "END")
+    assert twice.roles[site] == "mover" and all(site in twice.rankings[role].chosen for role in ("mover", "inhibition"))
 
 
 def test_top_and_least() -> None:
@@ -358,6 +433,7 @@ ROW = {"role": "a", "receivers": "logits"}
         ({"stages": [3]}, "stage 1 is 3, expected an object"),
         ({"stages": ROW}, "its stages are a list"),
         ({"stages": [ROW, {"role": "b", "receivers": "moover.q"}]}, "no role named 'moover'"),
+        ({"stages": [{"role": "b", "receivers": "nobody.q"}]}, "the first stage, b, sends to nobody, which no stage finds"),
         ({"stages": [ROW, {"role": "b", "receivers": "b.q"}]}, "the stage b sends to itself"),
         ({"stages": [{"role": "a", "receivers": "b.q"}, {"role": "b", "receivers": "a.q"}]}, "sends to b, which comes later"),
         ({"stages": [ROW, {"role": "b", "receivers": "a.z"}]}, "cannot send to 'a.z'"),

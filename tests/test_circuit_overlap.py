@@ -13,7 +13,7 @@ import torch
 
 from interp import organisms, store
 from interp.analyses.circuit_overlap import _hypergeometric, _measured, _quantile, _sum_of, circuit_overlap
-from interp.circuit import Circuit
+from interp.circuit import Circuit, Ranking
 from interp.errors import InputError
 from interp.sites import Site
 
@@ -149,9 +149,65 @@ def test_cut_offs_above_what_is_kept_are_left_out_and_said() -> None:
     r = circuit_overlap(scored(A), scored(B, 1), cutoffs=(0.05, 0.1, 0.2))  # 1, 2 and 3 heads of 15
     cut = {(s, c) for s, c in zip(r.stages, r.cutoffs, strict=True) if c is not None}
     assert cut == {(s, c) for c in (0.05, 0.1) for s in ("mover", "inhibition", "all stages")}
-    assert r.notes == ("the top 20 % needs 3 scored heads per stage, but a has 2 for inhibition; b has 2 for mover",)
+    assert r.notes == (
+        "the top 20 % needs 3 scored heads per stage, but a has 2 for inhibition; b has 2 for mover",
+        "cut-offs rank the nodes of a and b, of which each has one role",
+    )
     bare = circuit_overlap(A, scored(B), cutoffs=(0.05,))
     assert bare.notes == ("no cut-offs, since a has no scores of heads",) and all(c is None for c in bare.cutoffs)
+
+
+def searched(seed: int, unreached: int = 0) -> tuple[Circuit, dict[str, dict[tuple[int, int], float]], dict[str, set[tuple[int, int]]]]:
+    """Two stages at END that score every head, and choose those above 0.3; a node has the role in which it has the larger score."""
+    draws, heads = random.Random(seed), [(i, h) for i in range(MODEL[0]) for h in range(MODEL[1])]
+    scores = {"mover": {h: draws.uniform(-1, 1) for h in heads}}
+    scores["inhibition"] = {h: draws.uniform(-1, 1) for h in heads[: len(heads) - unreached]}
+    chosen = {role: {h for h, x in of.items() if abs(x) > 0.3} for role, of in scores.items()}
+
+    def site(head: tuple[int, int]) -> Site:
+        return Site("z", *head, "END")
+
+    roles, kept = {}, {}
+    for head in {*chosen["mover"], *chosen["inhibition"]}:
+        role = max((r for r in scores if head in chosen[r]), key=lambda r: abs(scores[r][head]))
+        roles[site(head)], kept[site(head)] = role, scores[role][head]
+    rankings = {r: Ranking({site(h): x for h, x in scores[r].items()}, tuple(map(site, chosen[r]))) for r in scores}
+    return Circuit(MODEL, tuple(roles), roles=roles, scores=kept, rankings=rankings), scores, chosen
+
+
+def test_cut_offs_of_searches_rank_every_head_in_every_stage() -> None:
+    """The slow twin takes the strongest of all heads by hand; a head that another stage names first is not lost to the second."""
+    (a, scores_a, chosen_a), (b, scores_b, chosen_b) = searched(1), searched(2)
+    r = circuit_overlap(a, b, cutoffs=(0.1, 0.2, 0.5))
+    frame = r.to_frame().set_index(["stage", "cutoff"])
+    for cutoff in (0.1, 0.2, 0.5):
+        k, total = math.ceil(cutoff * 15), 0
+        for role in ("mover", "inhibition"):
+            tops = [set(sorted(s[role], key=lambda h, of=s[role]: -abs(of[h]))[:k]) for s in (scores_a, scores_b)]
+            assert frame.loc[(role, cutoff), ["size_a", "size_b", "shared"]].tolist() == [k, k, len(tops[0] & tops[1])]
+            total += len(tops[0] & tops[1])
+        assert frame.loc[("all stages", cutoff), "shared"] == total
+    assert r.notes == ()
+    whole = {s: i for i, (s, c) in enumerate(zip(r.stages, r.cutoffs, strict=True)) if c is None}
+    for role in ("mover", "inhibition"):
+        both = len(chosen_a[role] & chosen_b[role])
+        assert [int(x[whole[role]]) for x in (r.size_a, r.size_b, r.shared)] == [len(chosen_a[role]), len(chosen_b[role]), both]
+    assert int(r.size_a[whole["all stages"]]) == sum(map(len, chosen_a.values())) > len(a.nodes), "heads of two stages count twice"
+    assert int(r.size_a[whole["whatever the stage"]]) == len(a.nodes)
+    i = next(i for i, e in enumerate(r.entries) if e[0] == "mover")
+    head = tuple(int(x) for x in r.entries[i][1][1:].split("H"))
+    assert r.scores[i].tolist() == [scores_a["mover"][head], scores_b["mover"][head]]
+    # without the rankings heads are missing from the second stage, and the result says so
+    bare = circuit_overlap(replace(a, rankings={}), replace(b, rankings={}), cutoffs=(0.1,))
+    assert bare.notes == ("cut-offs rank the nodes of a and b, of which each has one role",)
+    assert sum(float(x) for x in bare.size_a[:2]) == len(a.nodes)
+
+
+def test_heads_that_cannot_send_are_not_ranked() -> None:
+    a, b = searched(1, unreached=5)[0], searched(2, unreached=5)[0]
+    r = circuit_overlap(a, b, cutoffs=(0.8,))
+    assert r.notes == ("the top 80 % needs 12 scored heads per stage, but a has 10 for inhibition; b has 10 for inhibition",)
+    assert [s for s, c in zip(r.stages, r.cutoffs, strict=True) if c] == ["mover"]
 
 
 def test_the_strongest_are_taken_by_size() -> None:

@@ -282,6 +282,19 @@ def test_the_model_is_left_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in hf.state_dict().items())
 
 
+def test_movers_that_are_edited_are_not_told_as_followers() -> None:
+    model = HookedModel.load(tiny("llama"))
+    r = circuit_repair(model, PROMPTS, heads="L1H0", movers="L1H0,L2H3", draws=1)
+    alone = circuit_repair(model, PROMPTS, heads="L1H0", movers="L2H3", draws=1)
+    said = "attention of 1 mover moves by"
+    assert r.summary().split(said)[1] == alone.summary().split(said)[1] and "1 of 2 movers is edited and not told of here" in r.summary()
+    same = circuit_repair(model, PROMPTS, heads="L1H0", movers="L1H0", draws=1).summary()
+    assert "attention of" not in same and "1 of 1 mover is edited" in same
+    for heads, said in (("L1H0", "when 1 head is edited"), ("L1H0,L2H1", "when all 2 heads are edited")):
+        figure = circuit_repair(model, PROMPTS, heads=heads, draws=1).figures()["Change of logits"]
+        assert said in figure.layout.title.text.replace("<br>", " ")
+
+
 def test_rank_correlation() -> None:
     assert _ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3, 0.5, 3, 1.5]  # from 0.5 on, ties share
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -309,6 +322,8 @@ def test_importance_comes_from_the_circuit() -> None:
     ranks = torch.stack([_ranks(change[1:].flatten()), torch.arange(8).double() + 0.5])
     assert float(rho.value) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
     assert list(r.figures()) == ["Accuracy", "Change of logits", "By importance"]
+    named = circuit_repair(model, PROMPTS, circuit, heads="L0H1", draws=1)
+    assert named.edited == r.edited and torch.equal(named.right, r.right), "a single head is no role"
 
 
 def test_colored_objects_have_what_a_repair_needs() -> None:
@@ -362,6 +377,11 @@ def test_what_is_refused() -> None:
     refused("no one-token answers with options", prompts=replace(PROMPTS, options=None))
     refused("is 0 of its 3 options", prompts=replace(PROMPTS, answers=(1, *ANSWERS[1:])))
     refused("stands behind 3", query="3")
+    for first in (0, "0"):  # a token like any other, and no way to say END
+        refused("stands behind 0", query=first)
+    seen = replace(roles, roles={roles.nodes[0]: "inhibition"}, contexts=("7", "3"))
+    refused(r"found on these prompts \(1 of their contexts, such as '3', were seen there\)", circuit=seen, heads=None)
+    refused(r"found on these prompts \(all of them", circuit=replace(seen, contexts=(), prompts=PROMPTS.digest))
     refused("gatherers are kept from nothing", gatherers="L0H1", question="nothing")
     refused("among must be", among="all")
     refused("draws must be", draws=0)

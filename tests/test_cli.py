@@ -15,6 +15,7 @@ import pytest
 from tiny_pairs import CONTEXT, copied, pair_of_prompts, save_pair, written
 
 import interp.analyses
+from interp import store
 from interp.analyses import ANALYSES
 from interp.cli import commands, main, parsers, signatures, values
 from interp.cli import run as run_module
@@ -490,6 +491,26 @@ def test_notes_are_for_users_not_for_developers(cli, monkeypatch) -> None:
 
     monkeypatch.setattr(commands, "show_analyses", warn)
     assert cli("list")[2] == "interp: note: a folder wins\n"
+
+
+def test_a_circuit_comes_from_a_file_or_from_a_result(cli, monkeypatch, tmp_path) -> None:
+    """And a result that was made of it is computed again from elsewhere: what it names is looked for beside its results."""
+    pairs = ("--prompts=ioi", "--prompts-n=8")
+    assert cli("run", "circuit_discovery", "--model=base", *pairs, "--level=0.9", "--stages=general")[0] == 0
+    found = next(Path("results/circuit_discovery").iterdir())
+    circuit = store.load(found).circuit()
+    circuit.save("mine.json")
+    assert run_module.circuit("mine.json") == run_module.circuit(str(found)) == circuit and len(circuit.nodes) > 1
+    refused(cli("run", "circuit_overlap", f"--a={found}:tuned", "--b=mine.json"), "there is no model 'tuned'", results=1)
+    assert cli("run", "circuit_overlap", f"--a={found}", "--b=mine.json")[0] == 0
+    other = next(Path("results/circuit_overlap").iterdir())
+    refused(cli("run", "circuit_overlap", f"--a={other}", "--b=mine.json"), "circuit_overlap, which has no circuit to take", results=2)
+    refused(cli("run", "circuit_overlap", "--a=nowhere", "--b=mine.json"), "there is no circuit at nowhere", results=2)
+    assert f"--a={found} --b=mine.json" in cli("replay", other)[1]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, out, _ = cli("replay", tmp_path / other)
+    assert code == 0 and "to the last bit" in out and f"--b={tmp_path / 'mine.json'}" in out and f"--a={tmp_path / found}" in out
 
 
 def test_a_file_of_prompts_is_part_of_the_command(cli, pair) -> None:

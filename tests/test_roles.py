@@ -72,6 +72,29 @@ def test_scores_are_those_of_plain_patterns(kind: str, monkeypatch: Any) -> None
                 assert cell.isnan().all() if want is None else torch.allclose(cell.float(), want, atol=1e-6), (pattern, row)
 
 
+def test_rows_of_targets_are_those_of_the_whole() -> None:
+    batch = Batch.of([[3, 5, 5, 6, 3, 5, 6], [4, 4, 4], [7, 8, 7, 8, 9]], {"S": ((4,), (1,), (3,))})
+    for where in (batch.index("END"), batch.index("S"), batch.index(0)):
+        rows = torch.arange(3)
+        assert torch.equal(roles.even_from(batch, where), roles.even(batch)[rows, where])
+        for pattern in roles.PATTERNS:
+            assert torch.equal(roles.targets_from(pattern, batch, where), roles.targets(pattern, batch)[rows, where])
+
+
+def test_looks_a_few_prompts_at_a_time_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of it needs the tokens of every query: what is held grows with the width, not with its square."""
+    model = HookedModel.load(sharp("llama"))
+    batch = Batch.of([[3, 5, 5, 6, 3, 5, 6], [4, 4, 4], [7, 8, 7, 8, 9], [2, 2]], {"S": ((4,), (1,), (3,), (0,))})
+    once, rows = roles.looks(model, batch, ["END", "S", -1]), roles.attention_from(model, batch, "END")
+    monkeypatch.setattr(roles, "_HELD", 1)
+    monkeypatch.setattr(roles, "even", None)
+    monkeypatch.setattr(roles, "targets", None)
+    again = roles.looks(model, batch, ["END", "S", -1])
+    for x, y in zip(once, again, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=0, equal_nan=True)
+    torch.testing.assert_close(roles.attention_from(model, batch, "END"), rows, atol=1e-6, rtol=0)
+
+
 def test_looks_are_means_over_the_prompts_that_have_them() -> None:
     hf = sharp("llama")
     batch = Batch.of(ROWS, {"S": ((1,), (0,), (3,), (6,), (2,)), "set": ((0, 1), (2,), (), (5, 7), (3,))})

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp import plots, roles
-from interp.circuit import Circuit, Edge
+from interp.circuit import Circuit, Edge, Ranking
 from interp.errors import InputError
 from interp.metrics import Metric
 from interp.names import unknown
@@ -21,7 +21,7 @@ from interp.sites import Site
 from interp.stages import READY, Stage, Stages
 from interp.stats import Estimate, Permutation, permutation, plus_minus, recovered, standard_error
 from interp.sweeps import check, run
-from interp.sweeps.staged import Search, staged
+from interp.sweeps.staged import Search, by_context, grouped, receivers, staged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +55,8 @@ class CircuitDiscoveryResult(Result):
         model: layers, heads and key/value heads of the model.
         prompts: digest of the prompts.
         contexts: contexts of the prompts.
+        group: context of every prompt, counted as they first come. Prompts of one context are no independent draws: shares, effects,
+            intervals and tests are of means per context.
         draw_seed: of bootstrap and permutations.
         notes: what was not searched, not found or not told apart, and why.
         labels: of ``side``, ``stage`` and ``kind`` (attention patterns, and positions as ``@S2``), and the ``edge`` rows of every model
@@ -78,6 +80,7 @@ class CircuitDiscoveryResult(Result):
     model: tuple[int, int, int]
     prompts: str
     contexts: tuple[str, ...]
+    group: Int[Tensor, " prompt"]
     draw_seed: int
     notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
@@ -113,12 +116,20 @@ class CircuitDiscoveryResult(Result):
             InputError: no such model.
         """
         i = self._side(side)
-        return recovered(self.patched[i, stage].movedim(-1, 0), self.clean[i], self.corrupt[i], seed=self.draw_seed)
+        return self._share(self.patched[i, stage].movedim(-1, 0), i)
 
-    def effect(self, stage: int, side: str | None = None) -> Float[Tensor, "layer head prompt"]:
-        """How far the metric falls; positive supports the answer."""
+    def _mean(self, values: Float[Tensor, "prompt ..."]) -> Float[Tensor, "context ..."]:
+        return by_context(values, self.group)
+
+    def _share(self, patched: Float[Tensor, "prompt ..."], i: int) -> Estimate:
+        """Share of the fall from clean to corrupt."""
+        return recovered(*map(self._mean, (patched, self.clean[i], self.corrupt[i])), seed=self.draw_seed)
+
+    def effect(self, stage: int, side: str | None = None) -> Float[Tensor, "layer head context"]:
+        """How far the metric falls, mean over the prompts of a context; positive supports the answer."""
         i = self._side(side)
-        return self.clean[i].double() - self.patched[i, stage].double()
+        fall = self.clean[i].double() - self.patched[i, stage].double()
+        return self._mean(fall.movedim(-1, 0)).movedim(0, -1)
 
     def test(self, stage: int, side: str | None = None) -> Permutation:
         """Sign-flip test of every head's effect, [layer head]; adjusted for all heads of the stage."""
@@ -148,7 +159,23 @@ class CircuitDiscoveryResult(Result):
         edges = self._kept(i)
         scores = {site: share for site, (share, _) in named.items()} | edges
         given = {site: role for site, (_, role) in named.items()}
-        return Circuit(self.model, tuple(named), tuple(edges), given, scores, self.prompts, self.contexts)
+        return Circuit(self.model, tuple(named), tuple(edges), given, scores, self.prompts, self.contexts, self._rankings(i))
+
+    def _rankings(self, i: int) -> dict[str, Ranking]:
+        """Role -> the share of every head that could send in its stages; of a head in two stages at one position the larger."""
+        scores: dict[str, dict[Site, float]] = {}
+        chosen: dict[str, list[Site]] = {}
+        for k, stage in enumerate(self.steps):
+            if not self.searched[i, k]:
+                continue
+            share, of = self.recovered(k, self.sides[i]).value, scores.setdefault(stage.role, {})
+            for layer, head in self.reaches[i, k].nonzero().tolist():
+                site, carried = Site("z", layer, head, stage.at), float(share[layer, head])
+                if abs(carried) >= abs(of.get(site, 0.0)):
+                    of[site] = carried
+            taken = self.chosen[i, k].nonzero().tolist()
+            chosen.setdefault(stage.role, []).extend(Site("z", layer, head, stage.at) for layer, head in taken)
+        return {role: Ranking(scores[role], tuple(chosen[role])) for role in scores}
 
     def _edges(self, i: int) -> list[Edge]:
         start = f"{self.sides[i]} "
@@ -159,16 +186,27 @@ class CircuitDiscoveryResult(Result):
         found, values = self._edges(i), self.edges[self.sides[i]]
         if not found:
             return {}
-        share = recovered(values.T, self.clean[i], self.corrupt[i], seed=self.draw_seed).value
-        tested = permutation((values - self.clean[i]).T, seed=self.draw_seed)
-        moved = (values - self.clean[i]).double().mean(1).abs() > float(self.floor[i])
-        least = min(stage.least for stage in self.steps)
-        beyond = (tested.adjusted <= self.level) & moved & (share.abs() >= least)
+        share = self._share(values.T, i).value
+        moved = self._mean((values - self.clean[i]).double().T)
+        tested = permutation(moved, seed=self.draw_seed)
+        least = torch.tensor([self._least(i, edge) for edge in found], dtype=torch.float64)
+        beyond = (tested.adjusted <= self.level) & (moved.mean(0).abs() > float(self.floor[i])) & (share.abs() >= least)
         best: dict[Site, float] = {}
         for edge, x in zip(found, share.tolist(), strict=True):
             best[edge.sender] = max(best.get(edge.sender, 0.0), abs(x))
         rows = zip(found, share.tolist(), beyond.tolist(), strict=True)
         return {edge: x for edge, x, ok in rows if ok or (abs(x) == best[edge.sender] and x != 0)}
+
+    def _least(self, i: int, edge: Edge) -> float:
+        """The share that the stage of an edge asks for; of several that look at this edge the smallest."""
+        asked = [
+            stage.least
+            for k, stage in enumerate(self.steps)
+            if edge.sender.position == stage.at
+            and self.chosen[i, k, edge.sender.layer, edge.sender.head]
+            and edge.receiver in receivers(self.model, stage, self.steps[:k], self.chosen[i])
+        ]
+        return min(asked)
 
     def pattern(self, stage: int, layer: int, head: int, side: str | None = None) -> str:
         """Where a head looks from the position of a stage: ``duplicate_token 0.90 (even 0.08)``; nothing where it is not clear.
@@ -191,13 +229,19 @@ class CircuitDiscoveryResult(Result):
             told = [self._told(i, k, stage) for k, stage in enumerate(self.steps) if self.chosen[i, k].any()]
             of = f"{side}: " if len(self.sides) > 1 else ""
             heads = len({(s.layer, s.head) for s in self.circuit(side).nodes})
-            apart = f"clean - corrupt {plus_minus(self.clean[i] - self.corrupt[i])}"
+            apart = f"clean - corrupt {plus_minus(self._mean(self.clean[i] - self.corrupt[i]))}"
             parts.append(f"{of}{heads} heads carry {self.metric} ({apart}): {'; '.join(told) or 'none beyond noise'}")
         if len(self.sides) == 2:
             base, tuned = (set(self.circuit(side).nodes) for side in self.sides)
             parts.append(f"{len(base & tuned)} of {len(base | tuned)} heads at positions are in both circuits")
-        n = f"n = {self.clean.shape[1]} prompt pairs, p <= {self.level:g} adjusted for all heads"
+        n = f"n = {self.n}{'' if 'contexts' in self.n else ' prompt pairs'}, p <= {self.level:g} adjusted for all heads"
         return "; ".join([*parts, n, *self.notes])
+
+    @property
+    def n(self) -> str:
+        """How many prompts, or contexts where several prompts share one, the statistics are of."""
+        prompts, contexts = len(self.group), int(self.group.max()) + 1
+        return f"{prompts}" if prompts == contexts else f"{contexts} contexts of {prompts} prompt pairs"
 
     def _told(self, i: int, k: int, stage: Stage) -> str:
         count, share = int(self.chosen[i, k].sum()), self.recovered(k, self.sides[i])
@@ -208,8 +252,8 @@ class CircuitDiscoveryResult(Result):
         """One row per stage, head and model; ``per="prompt"`` the metric of every run.
 
         ``effect`` is the fall of the metric, positive where the head supports the answer, with its standard error; ``recovered`` the
-        share of the fall from clean to corrupt, with its interval; ``p_adjusted`` is corrected for all heads of the stage;
-        ``pattern`` says where a chosen head looks.
+        share of the fall from clean to corrupt, with its interval; ``p_adjusted`` is corrected for all heads of the stage. Where
+        prompts share a context all of these are of means per context. ``pattern`` says where a chosen head looks.
 
         Raises:
             InputError: ``per`` is something else.
@@ -258,22 +302,23 @@ class CircuitDiscoveryResult(Result):
         return next(iter(self.figures().values()))
 
     def figures(self) -> dict[str, go.Figure]:
-        """The circuits, and heads by layer for every stage that was searched, with one scale for the models of a pair."""
-        found, n = dict[str, "go.Figure"](), self.clean.shape[1]
+        """The circuits, and heads by layer for every sweep of the search, with one scale for the models of a pair."""
+        found, n = dict[str, "go.Figure"](), self.n
         of = {i: "" if len(self.sides) == 1 else f", {side}" for i, side in reversed(list(enumerate(self.sides)))}
         for i, name in of.items():
             if (circuit := self.circuit(self.sides[i])).nodes:
                 found[f"circuit{name}"] = circuit.plot(f"{len(circuit.nodes)} heads that carry {self.metric}{name} (n = {n})")
-        for k, stage in enumerate(self.steps):
+        for together in self._sweeps():
+            k = together[0]
+            of_roles = ", ".join(self.steps[j].role for j in together)
             shares = {i: self.recovered(k, self.sides[i]).value for i in of if self.searched[i, k]}
             top = max((float(share.abs().max()) for share in shares.values()), default=0.0)
             for i, share in shares.items():
-                heads = [f"L{layer}H{head}" for layer, head in self.chosen[i, k].nonzero().tolist()]
-                names = ", ".join(heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "") or "none"
-                found[f"{self.labels['stage'][k]}{of[i]}"] = plots.heatmap(
+                names = "; ".join(self._names(i, j, len(together) > 1) for j in together)
+                found[f"{', '.join(self.labels['stage'][j] for j in together)}{of[i]}"] = plots.heatmap(
                     share,
-                    title=f"{stage.role}{of[i]}: every head -> {stage.receivers} (n = {n}); chosen: {names}",
-                    xlabel=f"head, at {stage.at}",
+                    title=f"{of_roles}{of[i]}: every head -> {self.steps[k].receivers} (n = {n}); chosen: {names}",
+                    xlabel=f"head, at {self.steps[k].at}",
                     ylabel="layer",
                     unit=f"share of {self.metric} carried",
                     floor=~self.reaches[i, k] | (self.effect(k, self.sides[i]).mean(-1).abs() <= float(self.floor[i])),
@@ -281,6 +326,28 @@ class CircuitDiscoveryResult(Result):
                     limits=(-top, top) if top > 0 else None,
                 )
         return found
+
+    def _sweeps(self) -> list[list[int]]:
+        """The stages, those together that choose from one sweep, such as heads that support and heads that oppose."""
+        found: list[list[int]] = []
+        for k, stage in enumerate(self.steps):
+            same = [
+                group
+                for group in found
+                if (self.steps[group[0]].receivers, self.steps[group[0]].at) == (stage.receivers, stage.at)
+                and torch.equal(self.patched[:, group[0]].nan_to_num(), self.patched[:, k].nan_to_num())
+            ]
+            if same:
+                same[0].append(k)
+            else:
+                found.append([k])
+        return found
+
+    def _names(self, i: int, k: int, role: bool) -> str:
+        """The heads that a stage chose, for a title."""
+        heads = [f"L{layer}H{head}" for layer, head in self.chosen[i, k].nonzero().tolist()]
+        names = ", ".join(heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "") or "none"
+        return f"{self.steps[k].role} {names}" if role else names
 
 
 @analysis(version=1)
@@ -302,8 +369,9 @@ def circuit_discovery(
     corrupt run goes into the clean run, directly to the receivers of the stage together, which are what an earlier stage found. A head is
     chosen where the change has the sign the stage asks for, is beyond rounding, has p <= ``level`` in a sign-flip test corrected
     for all heads of the stage, and carries at least 1 % of the fall from clean to corrupt, or what the stage says; ``top`` keeps the
-    strongest. A stage whose receivers were not found is not searched. Then every chosen head is patched into each receiver alone, which
-    gives the edges. Where the heads look is told beside, and chooses nothing.
+    strongest. Where prompts share a context, all of that is of means per context. A stage whose receivers were not found is not
+    searched. Then every chosen head is patched into each receiver alone, which gives the edges. Where the heads look is told beside,
+    and chooses nothing.
 
     Only heads are searched; MLPs carry on what heads send unless they are held. k and v belong to key/value heads: to patch one changes
     what every head of its group reads. For a pair each model is searched by itself. Evaluate the circuit on prompts of other contexts.
@@ -331,16 +399,17 @@ def circuit_discovery(
     for attends in (stage.attends for stage in steps.stages):
         if attends is not None and attends not in (known := (*roles.PATTERNS, *(p for p in clean.positions if p != "END"))):
             raise unknown("attention pattern or position", attends, known)
-    found, ends, looks = [], [], []
+    found, ends, looks, group = [], [], [], grouped(prompts.contexts)
     for side, m in model.sides():
         reader = judge.reader(prompts, m.logits(clean, at="END").cpu() if judge.needs_reference else None)
         start, goal = run(m, clean, reader), run(m, corrupt, reader)
-        search = Search(m, clean, corrupt, reader, start, goal, freeze_mlps, level, seed, side)
+        search = Search(m, clean, corrupt, reader, start, goal, freeze_mlps, level, seed, side, group)
         found.append(staged(search, steps.stages))
         ends.append((start, goal))
         looks.append(roles.looks(m, clean, [stage.at for stage in steps.stages]))
-    if not any(recovered(k, k, c).refused is None for c, k in ends):
-        gaps = ", ".join(plus_minus(c - k) for c, k in ends)
+    means = [[by_context(x, group) for x in both] for both in ends]
+    if not any(recovered(k, k, c).refused is None for c, k in means):
+        gaps = ", ".join(plus_minus(c - k) for c, k in means)
         raise InputError(f"{judge} does not differ between clean and corrupt prompts ({gaps}), so there is nothing to search for")
     names = tuple(side for side, _ in model.sides())
     notes += [note if len(names) == 1 else f"{side}: {note}" for side, f in zip(names, found, strict=True) for note in f.notes]
@@ -367,6 +436,7 @@ def circuit_discovery(
         model=(s.n_layers, s.n_heads, s.n_kv_heads),
         prompts=prompts.digest,
         contexts=tuple(sorted(set(prompts.contexts))),
+        group=group,
         draw_seed=seed,
         notes=tuple(notes),
         labels={

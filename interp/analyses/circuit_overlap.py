@@ -15,6 +15,7 @@ from interp import plots
 from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.results import Result, analysis
+from interp.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +48,7 @@ class CircuitOverlapResult(Result):
         layer_low: its 2.5 % point.
         layer_high: its 97.5 % point.
         layer_p: how often such draws share as many.
-        scores: of every entry, NaN where a circuit lacks it or gives none.
+        scores: of every entry, NaN where a circuit gives none; a search scores heads that it did not choose, too.
         stages: of every row.
         cutoffs: of every row, the share of all heads that is taken per stage; None: the circuits as they are.
         entries: stage and head, in the order of ``scores``.
@@ -95,7 +96,8 @@ class CircuitOverlapResult(Result):
         whole = [i for i, cutoff in enumerate(self.cutoffs) if cutoff is None]
         wanted = ANY if len(whole) == 1 or not self._common else ALL
         row = next((i for i in whole if self.stages[i] == wanted), whole[0])
-        cut = [i for i, c in enumerate(self.cutoffs) if c is not None and (self.stages[i] == ALL or len(self._common) == 1)]
+        cut = [i for i, c in enumerate(self.cutoffs) if c is not None]
+        cut = [i for i in cut if self.stages[i] == ALL] or (cut if len({self.stages[i] for i in cut}) == 1 else [])
         if cut and float(self.chance_low[row]) == float(torch.minimum(self.size_a, self.size_b)[row]):  # nothing else could come out
             return min(cut, key=lambda i: abs((self.cutoffs[i] or 0.0) - _USUAL))
         return row
@@ -212,7 +214,11 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
     Two tasks on one model (Merullo et al. 2024, arXiv 2310.08744), or a base and a tuned model on one task. An entry is a head in a
     stage, where stages are the roles of the circuits; positions do not matter, since tasks name theirs differently. ``shared`` counts
     entries in both. With scores, each cut-off takes the ceil(cutoff x layers x heads) heads of largest |score| of every stage
-    that both circuits have; circuits that keep fewer than that have no such row, and the result says so.
+    that both circuits have; where fewer have scores there is no such row, and the result says so.
+
+    A circuit that ``circuit_discovery`` found brings the scores of all heads that could send in a stage, and every stage in which a head
+    was chosen (``rankings``). Any other has scores of its nodes alone, and a node has one role: a cut-off then ranks those nodes, without
+    heads that are named after another stage.
 
     Chance is exact. If the heads of every stage are drawn without replacement from all heads of the model, what is shared is
     hypergeometric in a stage, and the sum over stages, drawn independently, is the convolution of these. Circuits also resemble each other
@@ -236,18 +242,21 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
         raise InputError(f"circuit a is of a model with (layers, heads, key/value heads) {a.model}, circuit b of one with {b.model}")
     if bad := [c for c in cutoffs if not 0 < c <= 1]:
         raise InputError(f"a cut-off is a share of all heads, more than 0 and at most 1, but one is {bad[0]}")
-    sides = _stages(a), _stages(b)
+    sides, ranked = (_stages(a), _stages(b)), (_ranked(a), _ranked(b))
     rows, notes = list(_whole(*sides)), list[str]()
-    bare = [name for name, stages in zip(_SIDES, sides, strict=True) if all(s is None for heads in stages.values() for s in heads.values())]
+    bare = [name for name, stages in zip(_SIDES, ranked, strict=True) if {s for h in stages.values() for s in h.values()} == {None}]
     if bare and cutoffs:
         notes.append(f"no cut-offs, since {' and '.join(bare)} {'has' if len(bare) == 1 else 'have'} no scores of heads")
     for cutoff in cutoffs if not bare else ():
-        taken, why = _taken(*sides, cutoff, a.model[0] * a.model[1])
+        taken, why = _taken(*ranked, cutoff, a.model[0] * a.model[1])
         rows += [(stage, cutoff, *sets) for stage, sets in taken]
         notes += why
+    plain = [name for name, circuit in zip(_SIDES, (a, b), strict=True) if _apart(circuit)]
+    if plain and any(cutoff is not None for _, cutoff, *_ in rows):
+        notes.append(f"cut-offs rank the nodes of {' and '.join(plain)}, of which each has one role")
     measured = [_measured(x, y, a.model[:2]) for _, _, x, y in rows]
     columns = {k: torch.tensor([m[k] for m in measured], dtype=torch.float64) for k in ("shared", "size_a", "size_b", *_NULL)}
-    entries, scores = _entries(*sides)
+    entries, scores = _entries(sides, ranked)
     others = [{n for n in c.nodes if n.component != "z"} for c in (a, b)]
     return CircuitOverlapResult(
         **columns,
@@ -265,13 +274,33 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
 
 
 def _stages(circuit: Circuit) -> Stages:
-    """Stage -> head -> its score of largest size over positions, None where it has none."""
+    """Stage -> head -> its score of largest size over positions, None where it has none; a head is in every stage that chose it."""
+    entries = [(role, site, ranking.scores.get(site)) for role, ranking in circuit.rankings.items() for site in ranking.chosen]
+    told = {site for _, site, _ in entries}
+    named = [node for node in circuit.nodes if node.head is not None and node not in told]
+    return _largest([*entries, *((circuit.roles.get(node, _NO_ROLE), node, circuit.scores.get(node)) for node in named)])
+
+
+def _apart(circuit: Circuit) -> bool:
+    """Whether two stages share a position, and no ranking says which of its heads another stage has taken."""
+    at = {(role, node.position) for node, role in circuit.roles.items() if node.head is not None}
+    return not circuit.rankings and len(at) > len({position for _, position in at})
+
+
+def _ranked(circuit: Circuit) -> Stages:
+    """The same with every head that has a score in a stage, in the circuit or not."""
+    scored = [(role, site, score) for role, ranking in circuit.rankings.items() for site, score in ranking.scores.items()]
+    found = {role: dict(heads) for role, heads in _stages(circuit).items() if role not in circuit.rankings}
+    return found | _largest(scored)
+
+
+def _largest(entries: Iterable[tuple[str, Site, float | None]]) -> dict[str, dict[Head, float | None]]:
     found: dict[str, dict[Head, float | None]] = {}
-    for node in circuit.nodes:
-        if node.layer is not None and node.head is not None:
-            heads = found.setdefault(circuit.roles.get(node, _NO_ROLE), {})
-            old, new = heads.get((node.layer, node.head)), circuit.scores.get(node)
-            heads[node.layer, node.head] = new if old is None or (new is not None and abs(new) > abs(old)) else old
+    for stage, site, new in entries:
+        if site.layer is not None and site.head is not None:
+            heads = found.setdefault(stage, {})
+            old = heads.get((site.layer, site.head))
+            heads[site.layer, site.head] = new if old is None or (new is not None and abs(new) > abs(old)) else old
     return found
 
 
@@ -356,13 +385,13 @@ def _quantile(chances: Sequence[float], level: float) -> float:
     return float(len(chances) - 1)
 
 
-def _entries(a: Stages, b: Stages) -> tuple[tuple[tuple[str, str, str], ...], list[list[float]]]:
+def _entries(sides: tuple[Stages, Stages], ranked: tuple[Stages, Stages]) -> tuple[tuple[tuple[str, str, str], ...], list[list[float]]]:
     """Stage, head and who has it, of every entry; and its scores in both circuits."""
     found, scores = [], []
-    for stage in dict.fromkeys([*a, *b]):
-        for head in sorted({*a.get(stage, ()), *b.get(stage, ())}):
-            held = [head in side.get(stage, ()) for side in (a, b)]
+    for stage in dict.fromkeys([*sides[0], *sides[1]]):
+        for head in sorted({head for side in sides for head in side.get(stage, ())}):
+            held = [head in side.get(stage, ()) for side in sides]
             found.append((stage, f"L{head[0]}H{head[1]}", "both" if all(held) else _SIDES[held.index(True)]))
-            given = [side.get(stage, {}).get(head) for side in (a, b)]
+            given = [side.get(stage, {}).get(head) for side in ranked]
             scores.append([math.nan if s is None else s for s in given])
     return tuple(found), scores

@@ -62,7 +62,7 @@ class CircuitRepairResult(Result):
         kinds: of every condition.
         heads: text form of the heads that each condition changes.
         edited: heads that are edited together, as (layer, head).
-        movers: heads whose attention and logits are told.
+        movers: heads whose attention and logits are told, those that are not edited.
         among: what the answer must beat: the whole ``vocabulary`` or the ``options``.
         chance: accuracy of a guess among the options.
         query: position of the rows.
@@ -118,9 +118,14 @@ class CircuitRepairResult(Result):
         change = (self.attribution[1] - self.attribution[0]).mean(0)
         return _spearman(change[there], self.importance[there], self.draw_seed), int(there.sum())
 
+    @property
+    def _followers(self) -> tuple[tuple[int, int], ...]:
+        """Movers that are not edited: where those look is the edit itself."""
+        return tuple(head for head in self.movers if head not in self.edited)
+
     def _means(self, values: Tensor) -> Float[Tensor, "prompt ..."]:
-        """Mean over movers of values [prompt layer head ...]."""
-        return torch.stack([values[:, layer, head] for layer, head in self.movers]).mean(0)
+        """Mean over these movers of values [prompt layer head ...]."""
+        return torch.stack([values[:, layer, head] for layer, head in self._followers]).mean(0)
 
     def summary(self) -> str:
         """Accuracy before and after, flips, the controls, and what changes behind the heads."""
@@ -140,12 +145,14 @@ class CircuitRepairResult(Result):
 
     def _behind(self) -> Iterator[str]:
         """What is told of movers, and of all heads with a score."""
-        if self.movers:
+        if both := len(self.movers) - len(self._followers):
+            yield f"{both} of {_count(len(self.movers), 'mover')} {'is' if both == 1 else 'are'} edited and not told of here"
+        if self._followers:
             right, wrong = (
                 bootstrap(100 * self._means(x), seed=self.draw_seed).at() for x in (self.attention[1] - self.attention[0]).unbind(-1)
             )
             old, new = (float(self._means(x).mean()) for x in self.attribution)
-            movers = _count(len(self.movers), "mover")
+            movers = _count(len(self._followers), "mover")
             yield f"attention of {movers} moves by {right} points to the right option and {wrong} to the wrong ones"
             yield f"what they add to the logits goes from {old:.2f} to {new:.2f}"
         rho, n = self.correlation()
@@ -234,7 +241,7 @@ class CircuitRepairResult(Result):
         drawn = {"Accuracy": self.plot()}
         drawn["Change of logits"] = plots.heatmap(
             change,
-            title=f"Change of what each head adds to the answer when all {len(self.edited)} heads are edited",
+            title=f"Change of what each head adds to the answer when {_all(len(self.edited))} edited",
             xlabel="head",
             ylabel="layer",
             unit="logits of the answer less the mean wrong option",
@@ -264,6 +271,10 @@ def _share(right: Tensor) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("s" if n != 1 else "")
+
+
+def _all(n: int) -> str:
+    return "1 head is" if n == 1 else f"all {n} heads are"
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -328,7 +339,7 @@ def circuit_repair(
         prompts: with one-token answers and options that occur in the prompt; of pairs, the clean ones.
         circuit: for its roles, and for its scores as the importance of heads.
         heads: those that are edited: ``L12H3,L13H4; L19H1``, or roles of the circuit, ``inhibition; negative_mover``, which is the default.
-        movers: heads, or roles, whose attention and logits are told; by default the role ``mover``.
+        movers: heads, or roles, whose attention and logits are told, edited ones left out; by default the role ``mover``.
         gatherers: heads, or roles, that are kept from the question; by default the role ``gatherer``.
         options: position that names the options' tokens in their order, or several separated by commas; ``auto`` finds that of
             colored_objects, ioi and boxes.
@@ -339,8 +350,8 @@ def circuit_repair(
         seed: of the controls, bootstrap and permutations.
 
     Raises:
-        InputError: no heads to edit, unknown heads, roles or positions, a circuit of another model, prompts without options, or
-            options behind the query.
+        InputError: no heads to edit, unknown heads, roles or positions, a circuit of another model or found on these prompts,
+            prompts without options, or options behind the query.
     """
     asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
     if among not in ("vocabulary", "options"):
@@ -348,9 +359,10 @@ def circuit_repair(
     if type(draws) is not int or draws < 1:
         raise InputError(f"draws must be a number of draws, at least 1, but it is {draws!r}")
     if circuit is not None:
-        circuit.check(model.shape)
+        circuit.check(model.shape).check_unseen(prompts.contexts, prompts.digest)
     named = options if options != "auto" else _found(asked)
-    query = Site("pattern", 0, position=query).position or "END"  # "4" is token 4
+    place = Site("pattern", 0, position=query).position  # "4" is token 4, and 0 a token like any other
+    query = "END" if place is None else place
     edited = _group(model, circuit, heads, ("inhibition", "negative_mover"), query)
     if edited is None:
         raise InputError("no heads to edit: write heads=L12H3,L13H4, or give a circuit with the role inhibition or negative_mover")

@@ -16,7 +16,7 @@ from interp.metrics import Metric
 from interp.names import unknown
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
-from interp.roles import CLEAR, PATTERNS, attention_from, direct_effect, even, named, paid, repeats, scores, targets
+from interp.roles import CLEAR, PATTERNS, attention_from, direct_effect, even, even_from, named, paid, repeats, scores, targets
 from interp.sites import Site
 from interp.stats import bootstrap, permutation, standard_error
 from interp.sweeps import run
@@ -290,7 +290,7 @@ def head_roles(
         batch = model.batch(asked)
         keys = _looked_at(asked, batch, answer)
         reader = judge.reader(asked)
-        last = even(batch)[torch.arange(len(batch)), batch.index("END")]
+        last = even_from(batch, batch.index("END"))
         expected = torch.stack([_to(last, key).nanmean() for key in keys])
         for _, m in sides:
             attention = attention_from(m, batch, "END").double()

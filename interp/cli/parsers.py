@@ -100,7 +100,7 @@ def _show(p: Parser) -> None:
 
 
 def _replay(p: Parser) -> None:
-    p.add_argument("folder", metavar="DIR", help="a saved result")
+    p.add_argument("folder", metavar="DIR", help="a saved result; files it names are looked for here, then beside its results folder")
     p.add_argument("--out", metavar="DIR", help="save the new result under DIR as well")
     for side in run.SIDES:
         p.add_argument(f"--{side}", metavar="MODEL", help="where that model is now, if it has moved")
@@ -193,9 +193,11 @@ def _add_input(group: argparse._ArgumentGroup, parameter: Parameter, of: Signatu
         group.add_argument(f"{flag}-seed", type=_whole, default=0, metavar="SEED", dest=f"seed_{parameter.name}", help=seed)
     elif "Task" in parameter.names:
         group.add_argument(flag, metavar="TASK", dest=f"input_{parameter.name}", help="a task, as ioi or 'boxes(n_boxes=3)'")
+    elif "Circuit" in parameter.names:
+        told = f"{parameter.help.rstrip('.')} (a file that circuit.save wrote, or a saved result that found it; DIR:base of a pair's)"
+        group.add_argument(flag, metavar="FILE|DIR", dest=f"input_{parameter.name}", help=told.replace("%", "%%"))
     else:
-        kind = "FILE" if "Circuit" in parameter.names else "DIR"
-        group.add_argument(flag, metavar=kind, dest=f"input_{parameter.name}", help=parameter.help or "a saved result")
+        group.add_argument(flag, metavar="DIR", dest=f"input_{parameter.name}", help=parameter.help or "a saved result")
 
 
 def _add_setting(group: argparse._ArgumentGroup, parameter: Parameter) -> None:

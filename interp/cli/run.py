@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,29 @@ def _check_inputs(of: Signature, args: argparse.Namespace) -> None:
 
             task(written)
         elif "Circuit" in parameter.names:
-            Circuit.load(written)
+            circuit(written)
+
+
+def circuit(written: str) -> Circuit:
+    """A circuit from its file, or from a saved result that found one: ``DIR``, or ``DIR:base`` for a model of a pair.
+
+    Raises:
+        InputError: neither is there, or the result finds no circuit or has no such model.
+    """
+    from interp import store
+
+    start, _, end = written.rpartition(":")
+    folder, side = (start, end) if start and not Path(written).exists() else (written, None)
+    if not Path(folder).is_dir():
+        return Circuit.load(written)
+    result = store.load(folder)
+    found: Any = getattr(result, "circuit", None)
+    made: Any = found(side) if callable(found) else found
+    if not isinstance(made, Circuit):
+        raise InputError(f"{folder} is a result of {result.meta.analysis}, which has no circuit to take; one in Python is kept with save")
+    if side is not None and not callable(found):
+        raise InputError(f"the circuit in {folder} is that of one model; write {folder} without {side}")
+    return made
 
 
 def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
@@ -103,7 +126,7 @@ def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
         elif written is None:
             made.append(None)
         else:
-            read = task if "Task" in parameter.names else Circuit.load if "Circuit" in parameter.names else store.load
+            read = task if "Task" in parameter.names else circuit if "Circuit" in parameter.names else store.load
             made.append(read(written))
     return made
 
@@ -155,6 +178,7 @@ def replay(args: argparse.Namespace) -> int:
     old = store.load(args.folder)
     words = [w for w in store.replay(args.folder) if not any(getattr(args, side) and w.startswith(f"--{side}=") for side in SIDES)]
     words += [f"--{side}={text}" for side in SIDES if (text := getattr(args, side))]
+    words = [_placed(word, [given["text"] for given in old.meta.inputs], Path(args.folder)) for word in words]
     print(shlex.join(words), flush=True)
     again = parse(words[1:])
     again.trust_remote_code = args.trust_remote_code
@@ -165,6 +189,17 @@ def replay(args: argparse.Namespace) -> int:
         print(f"saved: {store.save(new, Path(args.out) / 'results')}")
     print(new.summary())
     return _agreement(old, new)
+
+
+def _placed(word: str, texts: Sequence[str], folder: Path) -> str:
+    """A word of a command, where a file that it names is not here but beside the results that the folder is in."""
+    flag, _, text = word.partition("=")
+    if not text or text not in texts or Path(text).is_absolute():
+        return word
+    top = folder.resolve().parents[2:3]  # DIR of DIR/results/ANALYSIS/IDENTITY: there most commands are given
+    name = text if Path(text).suffix or ":" not in text else text.rpartition(":")[0]  # DIR:base
+    there = [place for place in top if (place / name).exists()]
+    return f"{flag}={there[0] / text}" if there and not Path(name).exists() else word
 
 
 def _agreement(old: Result, new: Result) -> int:

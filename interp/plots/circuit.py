@@ -223,7 +223,7 @@ def _edges(circuit: Circuit, arrows: Sequence[tuple[Edge, Site, Site]], layout: 
         step = next(s for s in _STEPS if share <= s + 1e-9)
         found.setdefault((arrow[0].receiver.component, (score or 0.0) < 0, step), []).append(arrow)
     for (kind, negative, step), some in sorted(found.items(), key=lambda item: item[0][2]):
-        xs, ys = _curves([_ends(layout, kind, a, b) for _, a, b in some])
+        xs, ys = _joined([_way(layout, kind, a, b) for _, a, b in some])
         line = dict(color=faint(_PAINTS[kind], 0.25 + 0.6 * step), width=0.8 + 4 * step, dash="dot" if negative else "solid")
         yield go.Scatter(x=xs, y=ys, mode="lines", line=line, hoverinfo="skip", showlegend=False, legendgroup=kind)
     keys = [_key(_KINDS[kind], kind, color=_PAINTS[kind], width=3) for kind in _KINDS if any(kind == k for k, *_ in found)]
@@ -231,7 +231,7 @@ def _edges(circuit: Circuit, arrows: Sequence[tuple[Edge, Site, Site]], layout: 
     if any(negative for _, negative, _ in found):
         yield _key("negative score", None, color=LINE, width=3, dash="dot")
     if arrows:
-        middles = [_curve(*_ends(layout, e.receiver.component, a, b))[_HALF] for e, a, b in arrows]
+        middles = [_way(layout, e.receiver.component, a, b)[_HALF] for e, a, b in arrows]
         shown = [escape(e) + (f"<br>score: {circuit.scores[e]:.4g}" if e in circuit.scores else "") for e, *_ in arrows]
         places = dict(x=[x for x, _ in middles], y=[y for _, y in middles], customdata=shown)
         yield go.Scatter(
@@ -256,25 +256,43 @@ def _ends(layout: _Layout, kind: str, sender: Site, reader: Site) -> tuple[Point
     return layout.at[sender], (x + shift * _MARKER / max(layout.pixels, _MARKER) * 2, y)
 
 
-def _curve(start: Point, end: Point) -> list[Point]:
-    """A way from one node to another that leaves upwards and comes from below; bent where it would run through nodes between them."""
+_BENDS = (0.0, *(side * size for size in (0.3, 0.5, 0.75, 1.0, 1.3) for side in (1, -1)))
+_CLEAR = _MARKER / 2 + 8  # pixels between the middle of a node and an edge that is not its own
+
+
+def _way(layout: _Layout, kind: str, sender: Site, reader: Site) -> list[Point]:
+    """The way of an edge, bent as little as keeps it off other nodes, or it would look like two edges through one of them."""
+    start, end = _ends(layout, kind, sender, reader)
+    others = [p for part, p in layout.at.items() if part not in (sender, reader) and start[1] < p[1] < end[1]]
+    for bend in _BENDS if others else (0.0,):
+        if not any(_meets(layout, start, end, bend, other) for other in others):
+            return _curve(start, end, bend)
+    return _curve(start, end, _BENDS[1])
+
+
+def _meets(layout: _Layout, start: Point, end: Point, bend: float, node: Point) -> bool:
+    """Whether a way comes close to a node."""
+    across, up = layout.pixels / (2 if layout.tall > 1 else 1), _ROW * layout.tall
+    middle, near = (node[1] - start[1]) / (end[1] - start[1]), _CLEAR / up / (end[1] - start[1])
+    places = [_point(start, end, bend, middle + share * near) for share in (-0.8, -0.4, 0.0, 0.4, 0.8)]
+    return any(math.hypot((x - node[0]) * across, (y - node[1]) * up) < _CLEAR for x, y in places)
+
+
+def _point(start: Point, end: Point, bend: float, t: float) -> Point:
     (x0, y0), (x1, y1) = start, end
-    rise = y1 - y0
-    bend = 0.3 * math.log1p(rise - 1) if abs(x1 - x0) < 0.5 and rise > 1.5 else 0.0
-    points = []
-    for i in range(_POINTS + 1):
-        t = i / _POINTS
-        ease = t * t * (3 - 2 * t)
-        points.append((x0 + (x1 - x0) * ease + 4 * bend * t * (1 - t), y0 + rise * t))
-    return points
+    return x0 + (x1 - x0) * t * t * (3 - 2 * t) + 4 * bend * t * (1 - t), y0 + (y1 - y0) * t
 
 
-def _curves(ends: Sequence[tuple[Point, Point]]) -> tuple[list[float | None], list[float | None]]:
+def _curve(start: Point, end: Point, bend: float) -> list[Point]:
+    """A way from one node to another that leaves upwards and comes from below, bent to the right, or where negative to the left."""
+    return [_point(start, end, bend, i / _POINTS) for i in range(_POINTS + 1)]
+
+
+def _joined(ways: Sequence[Sequence[Point]]) -> tuple[list[float | None], list[float | None]]:
     """Many ways in one trace, None between them."""
     xs: list[float | None] = []
     ys: list[float | None] = []
-    for start, end in ends:
-        way = _curve(start, end)
+    for way in ways:
         xs += [*(x for x, _ in way), None]
         ys += [*(y for _, y in way), None]
     return xs, ys

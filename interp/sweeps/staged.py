@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.circuit import Edge
@@ -38,6 +38,8 @@ class Search:
         level: of the tests.
         seed: of permutations, and of the paths that are checked.
         name: of the progress bar.
+        group: context of every prompt, as ``grouped`` counts them. Prompts of one context are no independent draws, so tests
+            and shares are of means per context.
     """
 
     model: HookedModel
@@ -50,6 +52,47 @@ class Search:
     level: float
     seed: int
     name: str
+    group: Int[Tensor, " prompt"]
+
+    def mean(self, values: Float[Tensor, "prompt ..."]) -> Float[Tensor, "context ..."]:
+        """Means per context."""
+        return by_context(values, self.group)
+
+
+def grouped(contexts: Sequence[str]) -> Int[Tensor, " prompt"]:
+    """The number of every prompt's context, counted as they first come."""
+    number = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+    return torch.tensor([number[context] for context in contexts])
+
+
+def by_context(values: Float[Tensor, "prompt ..."], group: Int[Tensor, " prompt"]) -> Float[Tensor, "context ..."]:
+    """Means over the prompts of every context; the values themselves where no context comes twice."""
+    count = group.bincount()
+    if len(count) == len(values):
+        return values
+    sums = torch.zeros(len(count), *values.shape[1:], dtype=torch.float64).index_add(0, group, values.double())
+    return sums / count.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def receivers(sizes: tuple[int, int, int], stage: Stage, earlier: Sequence[Stage], chosen: Bool[Tensor, "stage layer head"]) -> list[Site]:
+    """What the senders of a stage send to; nothing where it was not found.
+
+    Args:
+        sizes: layers, heads and key/value heads of the model.
+        stage: the stage.
+        earlier: those before it.
+        chosen: the heads that these found.
+    """
+    n_layers, n_heads, n_kv_heads = sizes
+    if not stage.sources:
+        return [Site("resid_post", n_layers - 1, position="END")]
+    found: dict[Site, None] = {}
+    for role, component in stage.sources:
+        for k in (k for k, before in enumerate(earlier) if before.role == role):
+            for layer, head in chosen[k].nonzero().tolist():
+                index = head if component == "q" else head * n_kv_heads // n_heads
+                found[Site(component, layer, index, stage.at)] = None
+    return list(found)
 
 
 @dataclass(eq=False)
@@ -79,12 +122,13 @@ def staged(search: Search, stages: Sequence[Stage]) -> Findings:
     shape = (len(stages), s.n_layers, s.n_heads)
     none = torch.zeros(shape, dtype=torch.bool)
     found = Findings(torch.full((*shape, n), torch.nan), none, none.clone(), floor(search.model, search.clean, search.reader), {}, [])
-    if why := recovered(search.goal, search.start, search.goal).refused:
+    start, goal = search.mean(search.start), search.mean(search.goal)
+    if why := recovered(goal, start, goal).refused:
         found.notes.append(f"nothing searched, since clean and corrupt do not differ: {why}")
         return found
     known: dict[tuple[Any, ...], int] = {}
     for k, stage in enumerate(stages):
-        read = _receivers(search.model, stage, stages[:k], found.chosen)
+        read = receivers((s.n_layers, s.n_heads, s.n_kv_heads), stage, stages[:k], found.chosen)
         if not read:
             missing = ", ".join(dict.fromkeys(role for role, _ in stage.sources))
             found.notes.append(f"{stage.role} not searched, because no {missing} was found")
@@ -111,20 +155,6 @@ def _why(search: Search, stage: Stage, patched: Tensor, reaches: Tensor) -> str:
     return f"none {'carries' if stage.sign == 'both' else stage.sign} the answer beyond noise"
 
 
-def _receivers(model: HookedModel, stage: Stage, earlier: Sequence[Stage], chosen: Tensor) -> list[Site]:
-    """What the senders of a stage send to; nothing where it was not found."""
-    s = model.shape
-    if not stage.sources:
-        return [Site("resid_post", s.n_layers - 1, position="END")]
-    found: dict[Site, None] = {}
-    for role, component in stage.sources:
-        for k in (k for k, before in enumerate(earlier) if before.role == role):
-            for layer, head in chosen[k].nonzero().tolist():
-                index = head if component == "q" else head * s.n_kv_heads // s.n_heads
-                found[Site(component, layer, index, stage.at)] = None
-    return list(found)
-
-
 def _sweep(search: Search, k: int, stage: Stage, read: list[Site], found: Findings) -> None:
     """Every head by turns, into all receivers together."""
     layers, heads = found.chosen.shape[1:]
@@ -140,11 +170,12 @@ def _sweep(search: Search, k: int, stage: Stage, read: list[Site], found: Findin
 
 def _choice(search: Search, stage: Stage, patched: Tensor, reaches: Tensor, noise: float) -> Tensor:
     """The heads of a stage, [layer head]."""
-    moved = (patched - search.start).double()
-    share = recovered(patched.movedim(-1, 0), search.start, search.goal, resamples=1).value
+    start, goal, under = (search.mean(x) for x in (search.start, search.goal, patched.movedim(-1, 0)))
+    moved = (under - start.reshape(-1, 1, 1)).double()
+    share = recovered(under, start, goal, resamples=1).value
     wanted = {"supports": share > 0, "opposes": share < 0, "both": share != 0}[stage.sign]
-    beyond = permutation(moved.movedim(-1, 0), seed=search.seed).adjusted <= search.level
-    chosen = reaches & wanted & beyond & (moved.mean(-1).abs() > noise) & (share.abs() >= stage.least)
+    beyond = permutation(moved, seed=search.seed).adjusted <= search.level
+    chosen = reaches & wanted & beyond & (moved.mean(0).abs() > noise) & (share.abs() >= stage.least)
     if stage.top is not None:
         most = math.ceil(stage.top * chosen.numel() - 1e-9)
         order = torch.where(chosen, share.abs(), -1.0).flatten().argsort(descending=True, stable=True)
