@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InputError
 from interp.inputs import Loading, Session
 from interp.names import AND
-from interp.plan import Comparison, Gap, Row, Speed, Step, Work
+from interp.plan import OF_CIRCUITS, Comparison, Gap, Row, Speed, Step, Work
 from interp.request import Effort, Request
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def _in_chat(written: str) -> bool:
 def _evaluating(pairs: Any) -> dict[str, Any]:
     """A few controls; a circuit that matters is evaluated on its own."""
     return _patching(pairs) | {"completeness_random": 5, "greedy": 0, "random_circuits": 3}
+
+
+def _crossing(pairs: Any) -> dict[str, Any]:
+    """Tuned into base, with a few random heads."""
+    return _patching(pairs) | {"direction": "tuned_to_base", "control": 3}
 
 
 SEARCHED = {"quick": 24, "normal": 64, "full": 200}
@@ -110,6 +115,14 @@ PLAN = (
         demanding=True,
     ),
     Row("circuit_overlap", "two circuits", SEARCHED, lambda s: Work(saved=2**14), demanding=True),
+    Row(
+        "cmap",
+        "tuned circuit",
+        {"quick": 48, "normal": 128, "full": 400},
+        lambda s: Work(tokens=15 * s.prompts * s.length, saved=250 * s.prompts),
+        settings=_crossing,
+        demanding=True,
+    ),
     Row(
         "tuco",
         "sets",
@@ -267,7 +280,7 @@ class _Run:
             return [Step(row, self.request.base, tuned, AND.join(sets), _at_most(n, *sets) * len(sets))]
         if row.source == "against text":
             return self.against_text(row, tuned, n)
-        if row.source in ("circuit", "two circuits"):
+        if row.source in OF_CIRCUITS:
             return self.of_circuits(row, tuned, n)
         on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
         made = [Step(row, self.request.base, tuned, written, _at_most(n, written)) for written in on]
@@ -342,7 +355,7 @@ class _Run:
         """The steps of a row, or the one that what was found so far chooses."""
         if row.source == "best task":
             return self.best(steps, found)
-        if row.source in ("circuit", "two circuits"):
+        if row.source in OF_CIRCUITS:
             return self.with_circuits(row, steps, next((r for r in found if r.meta.analysis == "circuit_discovery"), None))
         return self.most_changed(steps, found) if row.chosen else steps
 
@@ -353,7 +366,8 @@ class _Run:
                 self.miss(Gap(row.analysis, "it takes what circuit_discovery finds, which was not run", failed=False))
             return []
         found = {side: search.circuit(side) for side in search.sides}
-        names = {"a": "base", "b": "tuned"} if row.source == "two circuits" else {"circuit": "base"}
+        one = {"circuit": "tuned" if row.source == "tuned circuit" else "base"}
+        names = {"a": "base", "b": "tuned"} if row.source == "two circuits" else one
         if empty := [side for side in names.values() if not found[side].nodes]:
             self.miss(Gap(row.analysis, f"no heads were found in {' and '.join(empty)}", failed=False))
             return []
@@ -467,7 +481,7 @@ class _Run:
         """Print the plan with what each step takes."""
         self.say(f"{name}: the plan, with effort {self.request.effort}")
         total, new = 0.0, [step for step in steps if not self.known(step)]
-        later = [step for step in new if step.row.source in ("circuit", "two circuits")]
+        later = [step for step in new if step.row.source in OF_CIRCUITS]
         for step in steps:
             if step not in new:
                 self.say(f"  {step!s:58} already there")

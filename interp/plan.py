@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from interp.models import HookedModel, ModelPair
     from interp.results import Result
 
+OF_CIRCUITS = ("circuit", "tuned circuit", "two circuits")
+"""Sources that take what circuit_discovery found."""
+
 _SECONDS_PER_WEIGHT = 2e-8  # read, subtracted and factorised on one core
 
 
@@ -69,7 +72,8 @@ class Row:
         source: where its second input comes from: ``text`` (the user's prompts or shipped plain text),
             ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``sets`` (text and all tasks, mixed),
             ``against text`` (the task that tuning changed most, and text as the third input), ``circuit`` (fresh prompts of the
-            best task, and the circuit of base that was found on it), ``two circuits`` (those of base and tuned, and no pair), or none.
+            best task, and the circuit of base that was found on it), ``tuned circuit`` (the same with that of tuned),
+            ``two circuits`` (those of base and tuned, and no pair), or none.
         prompts: number of prompts at each effort.
         work: what a step takes.
         draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
@@ -78,7 +82,7 @@ class Row:
     """
 
     analysis: str
-    source: Literal["text", "task", "best task", "sets", "against text", "circuit", "two circuits"] | None
+    source: Literal["text", "task", "best task", "sets", "against text", "circuit", "tuned circuit", "two circuits"] | None
     prompts: Mapping[str, int]
     work: Callable[[Sizes], Work]
     draws: bool = False
@@ -88,7 +92,7 @@ class Row:
     @property
     def chosen(self) -> bool:
         """Of its steps only one is taken, by what was found before."""
-        return self.source in ("best task", "against text", "circuit", "two circuits")
+        return self.source in ("best task", "against text", *OF_CIRCUITS)
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Step:
         """The same, before anybody knows which task it will be."""
         if self.row.source == "sets":
             return f"{self.row.analysis} on {self.on.count(AND) + 1} sets of prompts"
-        which: dict[str | None, str] = dict.fromkeys(("best task", "circuit"), "the task learned best")
+        which: dict[str | None, str] = dict.fromkeys(("best task", "circuit", "tuned circuit"), "the task learned best")
         which["against text"] = f"the task changed most, against {self.against}"
         return f"{self.row.analysis} on {which[self.row.source]}" if self.row.source in which else str(self)
 
@@ -171,14 +175,14 @@ class Step:
         pair, circuits = session.pair(self.base, self.tuned), [circuit for circuit, _ in self.circuits.values()]
         if self.row.source is None:
             return [pair], {}
-        if self.row.source in ("circuit", "two circuits") and not circuits:
+        if self.row.source in OF_CIRCUITS and not circuits:
             raise InputError("no circuit was found before")
         if self.row.source == "two circuits":
             return circuits, {}
         if self.row.draws:
             return [pair, task(self.on)], {"n": self.n}
         prompts = session.prompts(self.on, pair, self.n, self.seed)
-        if self.row.source in ("best task", "circuit"):
+        if self.row.source in ("best task", "circuit", "tuned circuit"):
             return [pair, prompts, *circuits], self.row.settings(prompts)
         return [pair, *self.singles(session)], self.row.settings(prompts)
 

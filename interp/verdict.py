@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from interp.analyses.circuit_discovery import CircuitDiscoveryResult
     from interp.analyses.circuit_evaluation import CircuitEvaluationResult
     from interp.analyses.circuit_overlap import CircuitOverlapResult
+    from interp.analyses.cmap import CmapResult
     from interp.analyses.cross_patching import CrossPatchingResult
     from interp.analyses.pair_check import PairCheckResult
     from interp.analyses.path_patching import PathPatchingResult
@@ -195,7 +196,7 @@ def _circuits(found: Sequence[Any]) -> Iterator[str]:
     """The heads that were found in each model, what base's do in both, and how many the two share."""
     for search in _of(found, "circuit_discovery"):
         s: CircuitDiscoveryResult = search
-        yield f"Searched stage by stage on {_about(s)}: {s.summary().split('; n = ')[0]} (n = {s.clean.shape[1]} pairs)."
+        yield f"Searched stage by stage on {_about(s)}: {s.summary().split('; n = ')[0]} (n = {s.n} pairs)."
     for evaluation in _of(found, "circuit_evaluation"):
         e: CircuitEvaluationResult = evaluation
         told = [_kept(e, side) for side in e.sides]
@@ -206,6 +207,29 @@ def _circuits(found: Sequence[Any]) -> Iterator[str]:
         a, b, shared, chance = (float(x[i]) for x in (o.size_a, o.size_b, o.shared, o.chance))
         mine = f"Base's circuit has {a:.0f} heads and tuned's {b:.0f}"
         yield f"{mine}; {shared:.0f} are in both, where chance gives {chance:.2g} (p = {float(o.p[i]):.2g})."
+    for crossing in _of(found, "cmap"):
+        yield _crossed(crossing)
+
+
+def _crossed(c: CmapResult) -> str:
+    """What the circuit's heads of one model do in the other."""
+    from interp.stats import plus_minus
+
+    way = c.directions[0]
+    sender, receiver = way.split("_to_")
+    start, goal = c.start(direction=way), c.goal(direction=way)
+    before, now, there = (f"{float(x.double().mean()):.0%}" for x in (start, c.patched[0, 0, 0], goal))
+    main = (
+        f"The {c.heads[0]} heads of {sender}'s circuit, set in {receiver}, bring its accuracy from {before} to {now} ({sender} has {there})"
+    )
+    share, n = c.recovered(direction=way), f"n = {len(start)}"
+    if share.refused:
+        return f"{main}, too close to say which share of the change that is ({sender} - {receiver} {plus_minus(goal - start)}, {n})."
+    draws = c.random_heads(direction=way)[0]
+    random = f", random heads {float(draws.mean()):.2g}" if len(draws) and not bool(draws.isnan().any()) else ""
+    low, high = float(share.low[0]), float(share.high[0])
+    ends = "" if low != low else f" [{low:.3g}, {high:.3g}]"
+    return f"{main}: {float(share.value[0]):.3g}{ends} of what tuning changed{random} ({n})."
 
 
 def _kept(e: CircuitEvaluationResult, side: str) -> str:
@@ -296,6 +320,7 @@ def _small(found: Sequence[Any]) -> Iterator[str]:
     """Numbers that rest on few prompts."""
     few = [f"{r.meta.analysis} has {len(r.kl)} texts" for r in _of(found, "token_divergence") if len(r.kl) < FEW_TEXTS]
     few += [f"{r.task} has {r.right.shape[1]} questions" for r in _of(found, "task_accuracy") if r.right.shape[1] < FEW_QUESTIONS]
+    few += [f"cmap has {r.base.shape[1]} prompts" for r in _of(found, "cmap") if r.base.shape[1] < FEW_QUESTIONS]
     pairs = [(name, (r.goal if name == "cross_patching" else r.clean).shape[-1]) for name in _PATCHING for r in _of(found, name)]
     few += [f"{name.replace('_', ' ')} has {n} pairs" for name, n in pairs if n < FEW_PAIRS]
     for t in _of(found, "tuco"):

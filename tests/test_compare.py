@@ -32,7 +32,7 @@ FEW = {
     **dict.fromkeys(("activation_patching", "cross_patching", "path_patching", "edge_attribution"), 2),
     **dict.fromkeys(("tuco", "tuco_detection"), 3),
     **dict.fromkeys(("circuit_discovery", "circuit_overlap"), 8),
-    "circuit_evaluation": 4,
+    **dict.fromkeys(("circuit_evaluation", "cmap"), 4),
 }
 
 
@@ -208,18 +208,22 @@ def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, m
 def test_circuits_are_searched_and_evaluated_on_fresh_prompts(cli, monkeypatch) -> None:
     from interp import store
 
-    sizes = {"circuit_discovery": 16, "circuit_evaluation": 3, "circuit_overlap": 16}
+    sizes = {"circuit_discovery": 16, "circuit_evaluation": 3, "circuit_overlap": 16, "cmap": 24}
     rows = [dataclasses.replace(row, prompts=dict.fromkeys(row.prompts, sizes[row.analysis])) for row in PLAN if row.demanding]
     monkeypatch.setattr(COMPARE, "PLAN", tuple(rows))
     code, out, err = cli("--task=boxes", "--out=o")
     assert (code, err) == (0, "")
-    search, evaluation, overlap = (store.load(store.saved(Path("o/results") / name)[0]) for name in sizes)
+    search, evaluation, overlap, crossed = (store.load(store.saved(Path("o/results") / name)[0]) for name in sizes)
     assert evaluation.labels["node"] == tuple(map(str, search.circuit("base").nodes)) and evaluation.sides == ("base", "tuned")
     asked = {entry["parameter"]: entry for entry in evaluation.meta.inputs}
     assert (asked["prompts"]["task"], asked["prompts"]["n"], asked["prompts"]["seed"]) == ("boxes", 3, 1)
     base, tuned = ({(s.layer, s.head, role) for s, role in search.circuit(side).roles.items()} for side in ("base", "tuned"))
     assert float(overlap.shared[overlap.main]) == len(base & tuned) and int(overlap.size_b[overlap.main]) == len(tuned)
+    assert crossed.directions == ("tuned_to_base",) and crossed.heads[0] == len(search.circuit("tuned").nodes)
+    fed = {entry["parameter"]: entry for entry in crossed.meta.inputs}
+    assert (fed["circuit"]["digest"], fed["prompts"]["seed"]) == (search.circuit("tuned").digest, 1)
     told = json.loads(Path("o/report.json").read_text())
+    assert any(line.startswith(f"The {crossed.heads[0]} heads of tuned's circuit, set in base, ") for line in told["verdict"])
     for start in ("Searched stage by stage on boxes: base: ", "The circuit of base does alone ", f"Base's circuit has {len(base)} heads"):
         assert any(line.startswith(start) for line in told["verdict"]), start
     for result in told["results"]:  # every command of the page gives what is on it

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SECONDS = 60
-LONG = ("01_ioi_from_scratch", "03_one_circuit_two_tasks")
+LONG = ("01_ioi_from_scratch", "03_one_circuit_two_tasks", "04_did_tuning_build_a_new_circuit")
 """Searches and evaluations of circuits: half a minute each."""
 
 

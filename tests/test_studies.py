@@ -1,25 +1,33 @@
-"""The study of the shipped assistant: its search, its conditions, its table by hand, and a quick run of all of it."""
+"""The studies of the shipped models: their searches, conditions and measures, their tables by hand, and a quick run of all of it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import plain_hooks
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
 
 import assistant as study  # noqa: E402
 import attacks  # noqa: E402
+import entity_tables as tables  # noqa: E402
+import entity_tracking as entity  # noqa: E402
 
+import interp  # noqa: E402
+from interp.circuit import Circuit  # noqa: E402
 from interp.errors import InputError  # noqa: E402
 from interp.models import ModelPair  # noqa: E402
 from interp.organisms import folder  # noqa: E402
 from interp.prompts.transforms import transformed  # noqa: E402
+from interp.sites import Site  # noqa: E402
 from interp.stats import mcnemar, wilson  # noqa: E402
 from interp.tasks.words import CITIES  # noqa: E402
 
@@ -136,3 +144,112 @@ def test_circuits_are_measured_and_told_in_the_card(
     assert "L0H3 with 1.0" in told and "L0H3 with 1.0" in again, "one head does it, on few prompts as on many"
     monkeypatch.setattr(circuits, "folder", lambda name: tmp_path)
     assert circuits.written(again[again.index(circuits.HEADING) :]).read_text().count(circuits.HEADING) == 1
+
+
+# ------------------------------------------------------------------------------------------ entity tracking
+
+
+def test_contexts_of_another_part_are_dropped_and_one_that_is_there_twice_is_an_error() -> None:
+    model = ModelPair.load(folder("base"), folder("boxes-tuned")).base
+    draw = entity.Drawn(6, 0)
+    first = draw(model, "discovery", "boxes(corrupt=absent)")
+    again = draw(model, "discovery", "boxes")  # of one part contexts may come again
+    assert set(first.contexts) == set(again.contexts) == draw.seen["discovery"]
+    coming = boxes(model, 6, 2).contexts
+    draw.seen["masks"] = {*coming[:2]}
+    kept = draw(model, "test", "boxes")
+    assert kept.contexts == coming[2:]
+    draw.seen["masks"].add(coming[3])
+    with pytest.raises(AssertionError, match="1 contexts are in masks and in test|1 contexts are in test and in masks"):
+        draw.check()
+    draw.seen["masks"] = set(boxes(model, 6, 2).contexts)
+    draw.seen.pop("test")
+    with pytest.raises(InputError, match="fewer than two of 6"):
+        draw(model, "test", "boxes")
+
+
+def plain(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def boxes(model: Any, n: int, seed: int, corrupt: str = "query") -> Any:
+    return interp.task(f"boxes(corrupt={corrupt})").generate(model, n=n, seed=seed)
+
+
+def test_heads_of_the_counterfactual_bring_the_target_as_one_forward_per_prompt_says() -> None:
+    model = interp.HookedModel.load("boxes-tuned")
+    pairs = boxes(model, 12, 3, "object")
+    heads = [Site("z", 2, h, "END") for h in range(6)] + [Site("z", 3, h, "END") for h in (0, 3, 4)]
+    hf = plain(folder("boxes-tuned"))
+    expected = []
+    for clean, corrupt, target in zip(pairs.clean.ids, pairs.corrupt.ids, pairs.distractors, strict=True):
+        there = plain_hooks.seen(hf, corrupt, [("z", 2), ("z", 3)])
+        sets = [plain_hooks.Set("z", s.layer, s.head, len(clean) - 1, there["z", s.layer][-1, s.head]) for s in heads]
+        expected.append(int(plain_hooks.patched(hf, clean, sets)[-1].argmax() == target))
+    assert entity.follows(model, pairs, heads) == expected and sum(expected) > 0
+    assert entity.follows(model, pairs, []) == [0] * 12, "doing nothing never gives the target"
+    right = [int(hf(torch.tensor([ids])).logits[0, -1].argmax() == a) for ids, a in zip(pairs.clean.ids, pairs.answers, strict=True)]
+    assert entity.right(model, pairs) == right
+
+
+def test_published_numbers_stand_beside_their_rows() -> None:
+    pair = ModelPair.load("base", "boxes-tuned")
+    rows = {"accuracy: base": [1, 0, 0, 1], "base with heads of: boxes-tuned, circuit": [1, 1, 1, 0], "position told, base: odd": [0, 0]}
+    counted = {f"{tables.COUNTED}: boxes-lora": [1, 1, 1]}
+    found = tables.entity_tracking(pair, boxes(pair, 4, 0).clean, rows | counted)
+    frame = found.to_frame().set_index("row")
+    assert frame.ours.tolist() == [0.5, 0.75, 0, 1] and frame.n.tolist() == [4, 4, 2, 3]
+    assert frame.published[["base", "boxes-tuned, circuit", "boxes-lora"]].tolist() == pytest.approx([0.66, 0.82, 0.75])
+    assert (frame.low["base"], frame.high["base"]) == wilson(2, 4) and bool(frame.published[["odd"]].isna().all())
+    assert bool(frame.low[["boxes-lora"]].isna().all()), "heads are counted, not drawn"
+    assert "base 0.50 [0.15, 0.85]; 4 shares, 3 of them" in found.summary()
+    assert len(found.to_frame("prompt")) == 13 and len(found.figures()) == 4 and "0.82" in tables.printed(found)
+
+
+def test_every_published_number_belongs_to_a_row_that_the_study_makes() -> None:
+    source = Path(entity.__file__).read_text()
+    kinds = {name.partition(": ")[0].partition(",")[0] for name in tables.PUBLISHED}
+    assert [kind for kind in kinds - {tables.COUNTED} if kind not in source.replace('"circuit alone"', "circuit alone")] == []
+    from typing import get_args
+
+    told = {name.partition(": ")[2].partition(",")[0] for name in tables.PUBLISHED if name.startswith("position told")}
+    assert told == set(get_args(entity.Kind))
+
+
+def test_the_answer_follows_from_the_numbers() -> None:
+    def share(low: float, high: float, refused: str | None = None) -> Any:
+        return SimpleNamespace(low=torch.tensor([low]), high=torch.tensor([high]), refused=refused)
+
+    assert entity.decision(0.01, share(0.6, 0.9)) == "the circuit that was there was made better"
+    assert entity.decision(0.2, share(0.6, 0.9)).startswith("whether the circuit is new cannot be told")  # overlap as by chance
+    assert entity.decision(0.01, share(0.4, 0.9)).startswith("whether the circuit is new cannot be told")
+    assert entity.decision(0.01, share(0.1, 0.4)).startswith("most of the gain is not in the circuit")
+    assert entity.decision(0.01, share(0.6, 0.9, "no difference")).startswith("whether the circuit is new cannot be told")
+
+
+def test_ways_of_telling_that_break_a_position_are_told_from_those_that_do_not() -> None:
+    pair = ModelPair.load("base", "boxes-tuned")
+    bits = {"plain": 38, "text_after": 2, "no_commas": 15, "text_before": 39, "plain, the next segment (control)": 1}
+    rows = {f"position told, base: {row}": [1] * k + [0] * (40 - k) for row, k in bits.items()}
+    found = tables.entity_tracking(pair, boxes(pair, 4, 0).clean, rows)
+    # half of plain is .475: text_after has .05 [.01, .17] and no_commas .375 [.24, .53], which is not surely below
+    told = "What a position is, base (told plainly 95%): lost with text_after 5%; kept in part with no_commas 38%, text_before 98%."
+    assert entity.broken(found) == [told]
+
+
+def test_the_list_is_added_to_a_circuit_and_nothing_is_lost() -> None:
+    own = Circuit((4, 6, 2), (Site("z", 1, 3, "END"), Site("z", 0, 2, "objects")), roles={Site("z", 1, 3, "END"): "mover"})
+    more = entity.with_list(own)
+    assert set(own.nodes) < set(more.nodes) and len(more.nodes) == 1 + 4 * 6 * 2
+    assert more.roles[Site("z", 1, 3, "END")] == "mover" and more.roles[Site("z", 3, 5, "labels")] == "list"
+
+
+@pytest.mark.full
+def test_a_quick_run_of_entity_tracking_writes_the_page(tmp_path, capsys) -> None:
+    assert entity.main(["--quick", "--out", str(tmp_path)]) == 0
+    told, page = capsys.readouterr().out, (tmp_path / "entity_tracking.html").read_text(encoding="utf-8")
+    for what in ("boxes-tuned, circuit", "arXiv 2402.14811", "base with heads of", "heads that were found in base"):
+        assert what in told and what in page, what
+    with pytest.raises(SystemExit):
+        entity.main(["--n", "3"])
+    assert "--n is 3, expected 16 or more" in capsys.readouterr().err

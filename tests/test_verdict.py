@@ -171,3 +171,26 @@ def test_pairs_are_told_apart_by_their_weights() -> None:
 
 def test_lists_read_well() -> None:
     assert (_join(["a"]), _join(["a", "b"]), _join(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
+
+
+def test_what_a_circuit_brings_across_is_told_with_its_share_or_without_one() -> None:
+    from interp.analyses.cmap import CmapResult
+
+    def crossed(base: int, patched: int, tuned: int, n: int = 40, control: int | None = None):
+        right = lambda k: (torch.arange(n) < k).float().expand(3, n)  # noqa: E731
+        draws = torch.full((3, 1, 1, 2, n), torch.nan) if control is None else right(control)[:, None, None, None].expand(3, 1, 1, 2, n)
+        result = CmapResult(
+            patched=right(patched)[:, None, None], control=draws, base=right(base), tuned=right(tuned), floor=torch.zeros(3, 1),
+            deviation=0.0, checked=0, sites=("",), heads=(5,), rest=(), output="receiver", among="vocabulary", unit="logit", draw_seed=0,
+            notes=(), labels={"measure": ("accuracy", "margin", "logit_diff"), "direction": ("tuned_to_base",), "cell": ("circuit",)},
+        )  # fmt: skip
+        return stamped(result, "cmap")
+
+    # 30 of 40 are right with the heads, 10 without, 35 in tuned: (30 - 10) / (35 - 10) = 0.8
+    (told,) = verdict([crossed(10, 30, 35, control=15)])
+    assert told.startswith("The 5 heads of tuned's circuit, set in base, bring its accuracy from 25% to 75% (tuned has 88%): 0.8 [")
+    assert told.endswith("of what tuning changed, random heads 0.2 (n = 40).")
+    (told,) = verdict([crossed(10, 10, 11)])
+    assert "too close to say which share of the change that is (tuned - base 0.025 +- " in told
+    assert "cmap has 40 prompts" in " ".join(cautions([crossed(10, 30, 35)]))
+    assert not [line for line in cautions([crossed(10, 130, 135, n=200)]) if "cmap" in line]
