@@ -20,13 +20,13 @@ from interp.models import ablated as running
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site, parse_sites
 from interp.sweeps import ablation as module
-from interp.sweeps.ablation import Ablations, Knockout, stand_in
+from interp.sweeps.ablation import Ablations, Knockout, comparable, stand_in
 
-# 5 pairs, 3 layers, 4 heads, 24 = d_model, two forms of 7 and 8 tokens and one of 4: no two sizes are alike
-CLEAN = [[3, 4, 5, 6, 7, 8, 9], [24, 25, 26, 27], [13, 14, 15, 16, 17, 30, 2], [10, 11, 12, 28], [18, 19, 20, 21, 22, 23, 1, 29]]
-CORRUPT = [[5, 4, 5, 16, 7, 8, 9], [14, 25, 26, 27], [13, 14, 25, 16, 17, 3, 6], [10, 22, 12, 9], [18, 9, 20, 21, 22, 23, 11, 7]]
+# 5 pairs, 3 layers, 4 heads, 24 = d_model, three prompts of 7 tokens and two of 4
+CLEAN = [[3, 4, 5, 6, 7, 8, 9], [24, 25, 26, 27], [13, 14, 15, 16, 17, 30, 2], [10, 11, 12, 28], [18, 19, 20, 21, 22, 23, 1]]
+CORRUPT = [[5, 4, 5, 16, 7, 8, 9], [14, 25, 26, 27], [13, 14, 25, 16, 17, 3, 6], [10, 22, 12, 9], [18, 9, 20, 21, 22, 23, 11]]
 PLACES = {"S": ((2,), (0,), (3,), (1,), (5,)), "two": ((1, 4), (1, 2), (0, 6), (0, 3), (2, 6))}
-TAGS = {"form": ("a", "b", "a", "b", "c"), "half": ("x", "x", "x", "y", "y")}
+TAGS = {"form": ("a", "b", "a", "b", "a"), "half": ("x", "x", "x", "y", "y")}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -86,15 +86,18 @@ def literal(hf: nn.Module, knockouts: Sequence[Knockout], value: Value, mlps: bo
     return out
 
 
-def values_of(hf: nn.Module, kind: str, groups: Sequence[Sequence[int]] = ((0, 2), (1, 3), (4,)), rows: Any = CORRUPT) -> Value:
-    """Stand-ins by the book; means over the rows of a group."""
+OTHERS = ((2, 4), (3,), (0, 4), (1,), (0, 2))
+
+
+def values_of(hf: nn.Module, kind: str, others: Sequence[Sequence[int]] = OTHERS, rows: Any = CORRUPT) -> Value:
+    """Stand-ins by the book; means over the other rows of a group."""
     every = [(c, layer) for layer in range(3) for c in ("z", "mlp_out")]
     seen = [plain_hooks.seen(hf, ids, every) for ids in rows]
 
     def value(component: str, layer: int, row: int, t: int) -> Tensor:
         if kind == "zero":
             return torch.zeros_like(seen[0][component, layer][0])
-        of = [row] if kind == "resample" else next(g for g in groups if row in g)
+        of = [row] if kind == "resample" else others[row]
         mean = sum(seen[i][component, layer][t].double() for i in of) / len(of)
         return torch.as_tensor(mean).to(seen[0][component, layer])
 
@@ -175,10 +178,56 @@ def test_what_knocks_out_nothing_is_the_model_to_the_bit(model: HookedModel) -> 
 
 
 def test_the_prompt_itself_as_its_stand_in_changes_nothing(model: HookedModel) -> None:
-    own = replace(prompts(CLEAN), tags={"each": tuple("vwxyz")})
-    runs = ablations(model, PromptPairs(own, replace(own)), by="each")
-    top = float(model.logits(runs.batch).abs().max())
-    torch.testing.assert_close(runs(KNOCKOUTS[:6]), runs.intact.expand(6, -1), atol=8 * EPS * top, rtol=0)
+    places = {name: rows[:1] * 3 for name, rows in PLACES.items()}
+    thrice = prompts(CLEAN[:1] * 3, positions=places, answers=(4, 9, 2), distractors=(1, 5, 0), tags={}, contexts=("v", "w", "x"))
+    for given in (thrice, PromptPairs(thrice, thrice)):
+        runs = ablations(model, given)
+        top = float(model.logits(runs.batch).abs().max())
+        torch.testing.assert_close(runs(KNOCKOUTS[:6]), runs.intact.expand(6, -1), atol=8 * EPS * top, rtol=0)
+
+
+def test_no_mean_has_anything_of_the_prompt_or_its_partner(llama: HookedModel) -> None:
+    """Its own row may hold anything at all."""
+    plain = ablations(llama, by="form")(KNOCKOUTS[:1])[0]
+    for i in range(5):
+        rows = [[9, 1, 30, 2, 8, 3, 12][: len(row)] if j == i else row for j, row in enumerate(CORRUPT)]
+        other = ablations(llama, replace(PAIRS, corrupt=prompts(rows)), by="form")(KNOCKOUTS[:1])[0]
+        moved = (other - plain).abs() > 1e-4
+        assert moved.tolist() == [i in OTHERS[j] for j in range(5)], i
+
+
+def test_means_and_draws_leave_out_whole_contexts(hf: nn.Module, model: HookedModel) -> None:
+    """Copies, other questions on one text, and pairs that are mirror images of each other."""
+    seven, chosen = [0, 2, 4], KNOCKOUTS[:6]
+
+    def same(given: PromptPairs, others: Sequence[Sequence[int]], rows: Any) -> None:
+        runs = ablations(model, given, by="form")
+        want = literal(hf, chosen, values_of(hf, "mean", others, rows), False)
+        torch.testing.assert_close(runs(chosen), want, atol=8 * EPS * float(model.logits(runs.batch).abs().max()), rtol=0)
+
+    shared = replace(PAIRS, clean=replace(PAIRS.clean, contexts=("p", "q", "p", "r", "s")))
+    same(shared, ((4,), (3,), (4,), (1,), (0, 2)), CORRUPT)
+    rows = [CLEAN[2], CORRUPT[1], CLEAN[0], CORRUPT[3], CORRUPT[4]]  # 0 and 2 are the two sides of one pair
+    same(PromptPairs(prompts(CLEAN), prompts(rows)), ((4,), (3,), (4,), (1,), (0, 2)), rows)
+    assert comparable(shared, "mean", "form") == [0, 1, 2, 3, 4] and comparable(shared[[0, 2, 1, 3]], "mean", "form") == [2, 3]
+    assert comparable(shared.clean[seven], "mean") == [0, 1, 2] and comparable(shared.clean[[0, 1, 2]], "mean", "form") == []
+    assert comparable(shared.clean[[0, 1, 2]], "zero") == [0, 1, 2] == comparable(shared[[0, 1, 2]], "resample")
+    assert comparable(shared.clean[[0, 1, 3]], "resample") == [1, 2]
+    drawn = [stand_in(model, shared.clean[seven], "resample", seed=seed)[0].entry[:, 0] // 7 for seed in range(6)]
+    assert {(int(x[0]), int(x[1])) for x in drawn} == {(2, 2)} and {int(x[2]) for x in drawn} == {0, 1}
+
+
+def test_what_is_touched_is_where_a_mask_is(llama: HookedModel) -> None:
+    every = [Site("z", layer, head) for layer in range(3) for head in range(4)]
+    some = [Knockout.all_but([n if n.head else n.at(t) for n in every for t in range(4)]) for _ in range(1)]
+    chosen = [*KNOCKOUTS[:6], Knockout.all_but(every), Knockout.all_but([n.at("S") for n in every]), *some]
+    masks = module._Masks(PAIRS.clean.batch(), chosen, ablations(llama, by="form").stand_in.table)
+    slow = torch.zeros(len(chosen), 5, dtype=torch.bool)
+    for k in range(len(chosen)):
+        for row in range(5):
+            outs = [masks(Site("z", layer), torch.tensor([k]), torch.tensor([row]), len(CLEAN[row])) for layer in range(3)]
+            slow[k, row] = any(bool(out.any()) for out in outs)
+    assert torch.equal(masks.touched(), slow) and slow[-3:].tolist() == [[False] * 5, [True] * 5, [True, False] * 2 + [True]]
 
 
 def test_complements_are_one_knockout(model: HookedModel) -> None:
@@ -231,9 +280,9 @@ def test_the_check_sees_a_wrong_value(llama: HookedModel) -> None:
 def test_prompts_alone_take_means_over_themselves(hf: nn.Module, model: HookedModel) -> None:
     four = prompts(CLEAN)[[0, 1, 2, 3]]
     runs = ablations(model, four, by="length")
-    want = literal(hf, KNOCKOUTS[:6], values_of(hf, "mean", rows=CLEAN), False)[:, :4]
+    want = literal(hf, KNOCKOUTS[:6], values_of(hf, "mean", ((2,), (3,), (0,), (1,), (0,)), CLEAN), False)[:, :4]
     torch.testing.assert_close(runs(KNOCKOUTS[:6]), want, atol=8 * EPS * float(model.logits(runs.batch).abs().max()), rtol=0)
-    assert runs.notes == ("means over the prompts by length, each of 2 or more",)
+    assert runs.notes == ("means over the prompts of other contexts by length, 1 each: fewer than 10 are noisy",)
 
 
 def test_means_go_by_template_where_there_are_templates(llama: HookedModel) -> None:
@@ -244,10 +293,15 @@ def test_means_go_by_template_where_there_are_templates(llama: HookedModel) -> N
     assert torch.equal(ablations(llama, named, by="template,length")(chosen), by_form)
     assert torch.equal(ablations(llama, PAIRS, by="length")(chosen), by_form)  # each form has its own length here
     assert torch.equal(ablations(llama, PAIRS)(chosen), by_form)
-    assert not torch.equal(ablations(llama, named, by="template, half")(chosen), by_form)
+    fine = replace(named, clean=replace(named.clean, tags=TAGS | {"template": ("a", "b", "a", "b", "a"), "half": tuple("xyxyx")}))
+    assert torch.equal(ablations(llama, fine, by="template, half")(chosen), by_form)
+    assert comparable(named, "mean", "template, half") == [0, 2]
     same = named[[0, 2]]
     assert torch.equal(ablations(llama, same, by="all")(chosen), ablations(llama, same)(chosen))
-    assert ablations(llama, PAIRS[[0, 2]]).notes == ("means over the corrupt prompts",)
+    few = "means over the corrupt prompts of other contexts, 1 each: fewer than 10 are noisy"
+    assert ablations(llama, PAIRS[[0, 2]]).notes == (few,)
+    plenty = prompts([[i, 5, 6] for i in range(11)], positions={}, answers=(1,) * 11, distractors=(2,) * 11, tags={})
+    assert ablations(llama, plenty).notes == ("means over the prompts of other contexts, 10 each",)
 
 
 def test_another_prompt_of_the_same_length_is_drawn(llama: HookedModel) -> None:
@@ -295,18 +349,20 @@ def test_bad_input_is_refused_in_one_sentence(unchecked: None, llama: HookedMode
     refused("there is no ablation named 'median'", ablation="median")
     refused("by=template: these prompts have no tag 'template'; they have form, half, and by=length or by=all need none", by="template")
     refused("they have no tags", replace(prompts(CLEAN), tags={}), by="form")
-    refused("have 4 to 8 tokens, and means are taken token by token; use by=length, or ablation=zero", by="all")
+    refused("have 4 to 7 tokens, and means are taken token by token; use by=length, or ablation=zero", by="all")
     refused("prompts with half=x have 4 to 7 tokens.*by=half,length", by="half")
-    refused("only one prompt, whose mean is the prompt itself, with form=c", prompts(CLEAN), by="form")
-    refused("there is only one prompt, whose mean is the prompt itself; give more prompts$", prompts(CLEAN)[[1]])
-    refused("itself, with length=8; give more prompts, or group them by less than by=length", prompts(CLEAN))
+    refused("prompt 0 has no prompt of another context to take a mean over; give more prompts$", prompts(CLEAN)[[1]])
+    lone = prompts(CLEAN)[[0, 2, 3]]
+    refused("prompt 2 has no prompt of another context to take a mean over, with form=b; give more.*less than by=form", lone, by="form")
+    refused("prompt 1 has no corrupt prompt of another context.*with form=a, half=y", PAIRS[[0, 4, 2]], by="form,half")
+    refused("prompt 0 has no corrupt prompt of another context", replace(PAIRS, clean=replace(PAIRS.clean, contexts=("p",) * 5)))
     refused("would not be used: ablation=zero", ablation="zero", by="form")
     refused("would not be used: ablation=resample", ablation="resample", by="form")
-    refused("needs another prompt of 8 tokens for prompt 4", prompts(CLEAN), ablation="resample")
+    refused("needs another prompt of 4 tokens and another context for prompt 2", lone, ablation="resample")
     longer = replace(PAIRS, corrupt=prompts([*CORRUPT[:3], [*CORRUPT[3], 5], CORRUPT[4]]))
     refused("the prompts of pair 3 have 4 and 5 tokens; use ablation=mean with by=length, or zero", longer, ablation="resample")
     other = PromptPairs(PAIRS.clean[[1]], prompts(CORRUPT)[[0]])
-    refused("there is no corrupt prompt to take a mean over, with length=4", other, by="length")
+    refused("prompt 0 has no corrupt prompt of another context to take a mean over, with length=4", other, by="length")
     runs = ablations(llama, by="form")
     for text in ("L0.mlp_out@END", "L0H1.q@END", "embed"):
         with pytest.raises(InputError, match="cannot be knocked out here; what can is z"):

@@ -33,8 +33,9 @@ def built(name: str) -> HandBuilt:
 
 
 @cache
-def pairs(name: str, n: int = 12, seed: int = 5) -> PromptPairs:
-    return built(name).task.generate(built(name).model, n, seed)
+def pairs(name: str, n: int | None = None, seed: int = 5) -> PromptPairs:
+    """12 of one form, otherwise enough for means over several of each length."""
+    return built(name).task.generate(built(name).model, n or {"ioi": 12, "induction": 40}.get(name, 20), seed)
 
 
 def by_length(name: str) -> str | None:
@@ -50,7 +51,7 @@ def evaluated(name: str, ablation: Any = "mean", minimality: Any = "role") -> Ci
 
 def effects(result: CircuitEvaluationResult) -> dict[str, float]:
     """Node -> what goes with it, as a share of F(M)."""
-    share = ratio_of_means(result.effect().T, result.full[0, result.judged]).value
+    share = ratio_of_means(result.effect().T, result._mean(result.full[0])[result.judged]).value
     return dict(zip(result.labels["node"], share.tolist(), strict=True))
 
 
@@ -71,7 +72,7 @@ def test_the_planted_circuit_is_the_model_and_others_are_nothing(name: str, abla
 @pytest.mark.parametrize("name", HAND_BUILT)
 def test_every_planted_node_is_needed_given_the_right_others(name: str, ablation: str) -> None:
     settings = BARE | {"ablation": ablation, "by": by_length(name) if ablation == "mean" else None, "mlps": name == "majority"}
-    many = 48 if name == "shared_head" else 12  # a head that serves half of the prompts
+    many = 48 if name == "shared_head" else None  # a head that serves half of the prompts
     result = circuit_evaluation(built(name).model, pairs(name, many), built(name).circuit, minimality="greedy", **settings)
     assert bool(result.needed().all()) and all(abs(share) > 0.2 for share in effects(result).values())
     assert len(result.labels["node"]) == sum(node.component != "embed" for node in built(name).circuit.nodes)
@@ -188,6 +189,16 @@ def test_random_circuits_have_as_many_heads_at_each_position() -> None:
     everywhere = tuple(s.at(None) for s in crowded[:12])
     for chain in search.other_circuits((order[0],), everywhere, shape, 20, seed=1):
         assert not {n.at(None) for n in chain} & set(everywhere)
+    mixed = (Site("z", 0, 0), Site("z", 0, 1), Site("z", 0, 2, "END"), Site("z", 0, 3, "END"), Site("z", 1, 0, "S2"))
+    seen: set[Site] = set()
+    for chain in search.other_circuits(mixed, mixed, shape, 200, seed=1):
+        assert [n.position for n in chain] == [n.position for n in mixed] and len({n.at(None) for n in chain[:4]}) == 4
+        assert not {n.at(None) for n in chain[:2]} & {n.at(None) for n in mixed} and not {n.at(None) for n in chain} & set(mixed[:2])
+        assert chain[4].at(None) not in chain[:2] and not set(chain) & set(mixed)
+        seen |= set(chain)
+    assert Site("z", 1, 0, "END") in seen and Site("z", 0, 2, "S2") in seen and Site("z", 0, 2) not in seen
+    full = (*(Site("z", layer, head) for layer in range(2) for head in range(6)), *crowded[12:13])
+    assert search.other_circuits(full, full, shape, 1, seed=1) == []  # 11 heads are left for 12
     assert search.sizes_of(3) == (0, 1, 2, 3) and search.sizes_of(100, 4) == (0, 25, 50, 75, 100) and len(search.sizes_of(77)) == 21
 
 
@@ -206,14 +217,83 @@ def test_minimality_by_search_is_judged_on_other_prompts() -> None:
     result = evaluated("ioi", minimality="greedy")
     assert result.effect().shape == (4, 6) and torch.equal(result.effect(), (result.after - result.before)[0, :, 1::2])
     assert evaluated("ioi").effect().shape == (4, 12)
-    name, seen = "ioi", []
-    real = search._gap
-    try:
-        search._gap = lambda a, b: seen.append(a.shape[-1]) or real(a, b)  # type: ignore[assignment]
-        circuit_evaluation(built(name).model, pairs(name), built(name).circuit, minimality="greedy", **BARE)
-    finally:
-        search._gap = real
-    assert set(seen) == {6}
+    # What the contexts that judge give cannot change the choice, whatever it is; what the others give can.
+    nodes, draws = search.live(built("ioi").circuit, False), torch.Generator().manual_seed(0)
+    for given in (pairs("ioi"), pairs("ioi")[[i for i in range(9) for _ in range(3)]]):
+        runs = ablations("ioi", given)
+        chosen = search.telling(runs, nodes, [()] * 4, 2, 3, 0)
+        known, kept = dict(runs._known), runs.group % 2 == 0
+        for choosing, same in ((False, True), (True, False)):
+            noise = {k: torch.where(kept != choosing, x, 50 * torch.randn(x.shape, generator=draws)) for k, x in known.items()}
+            runs._known = noise
+            found = search.telling(runs, nodes, [()] * 4, 2, 3, 0)
+            assert any(chosen) and (found == chosen) is same
+
+
+def ablations(name: str, prompts: Prompts | PromptPairs) -> Ablations:
+    return Ablations(built(name).model, prompts, Metric.parse("logit_diff").reader(prompts))
+
+
+def test_copies_of_prompts_are_no_more_prompts() -> None:
+    """Everything but its n is as if each had come once: p values, intervals, the choice of K."""
+    name = "ioi"
+    once = pairs(name)[list(range(9))]
+    thrice = once[[i for i in range(9) for _ in range(3)]]
+    for minimality in ("role", "greedy"):
+        settings = LIGHT | {"minimality": minimality}
+        one, many = (circuit_evaluation(built(name).model, p, built(name).circuit, **settings) for p in (once, thrice))
+        assert (one.n, many.n) == ("9 prompts", "9 contexts of 27 prompts") and "n = 9 contexts of 27 prompts" in many.summary()
+        assert one.given == many.given and one.subsets == many.subsets and one.order == many.order
+        first, second = one.to_frame(), many.to_frame()
+        noise = first.difference.abs() < 1e-3  # where p says which way rounding went
+        first.loc[noise, ["p", "p_adjusted"]] = second.loc[noise, ["p", "p_adjusted"]] = 1
+        assert noise.sum() < len(noise) / 2
+        numbers = first.select_dtypes("number").columns
+        assert second[numbers].to_numpy() == pytest.approx(first[numbers].to_numpy(), abs=1e-4)
+        assert torch.equal(one.needed(), many.needed()) and one.effect().shape == many.effect().shape
+        for of in (one.difference, one.ratio, one.faithfulness):
+            copy = getattr(many, of.__name__)()
+            assert [float(x) for x in (copy.low, copy.high)] == pytest.approx([float(of().low), float(of().high)], abs=1e-5)
+        torch.testing.assert_close(many.random_faithfulness(), one.random_faithfulness(), atol=1e-5, rtol=0)
+        assert all("9 contexts of 27 prompts" in f.layout.title.text.replace("<br>", " ") for f in many.figures().values())
+    assert many.full.shape == (1, 27) and len(many.to_frame(per="prompt")) == 3 * len(one.to_frame(per="prompt"))
+
+
+def test_a_context_counts_once_however_many_prompts_it_has() -> None:
+    """By hand: means of means."""
+    name = "ioi"
+    lopsided = pairs(name)[[0, 1, 1, 1, 2, 3, 3, 4, 5]]
+    result = circuit_evaluation(
+        built(name).model, lopsided, replace(built(name).circuit, nodes=built(name).circuit.nodes[:3], edges=(), roles={}), **BARE
+    )
+    gap = (result.circuit - result.full)[0].tolist()
+    want = [gap[0], sum(gap[1:4]) / 3, gap[4], sum(gap[5:7]) / 2, gap[7], gap[8]]
+    assert float(result.difference().value) == pytest.approx(sum(want) / 6, abs=1e-5)
+    assert result.group.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]
+
+
+def test_prompts_that_nothing_stands_in_for_are_left_out() -> None:
+    name = "backup_head"
+    some = pairs(name, 10)
+    lengths = list(map(len, some.clean.ids))
+    alike = [[j for j in range(10) if lengths[j] == lengths[i] and some.contexts[j] != some.contexts[i]] for i in range(10)]
+    kept = [i for i in range(10) if alike[i]]
+    assert 0 < 10 - len(kept) < 6
+    result = circuit_evaluation(built(name).model, some, built(name).circuit, by="length", **BARE)
+    assert result.asked.tolist() == kept and len(result.group) == len(kept)
+    assert f"{10 - len(kept)} of 10 prompts left out: no other context is like theirs" in result.summary()
+    assert sorted(set(result.to_frame(per="prompt").prompt)) == kept
+    alone = circuit_evaluation(built(name).model, some[kept], built(name).circuit, by="length", **BARE)
+    assert torch.equal(alone.full, result.full) and alone.to_frame().equals(result.to_frame())
+    zero = circuit_evaluation(built(name).model, some, built(name).circuit, ablation="zero", **BARE)
+    assert len(zero.asked) == 10
+
+
+def test_what_stands_in_tells_nothing_of_the_answer() -> None:
+    """With a mean that held the flipped partner, few prompts gave a large negative F of nothing."""
+    for n in (6, 12, 48):
+        result = circuit_evaluation(built("ioi").model, pairs("ioi", n), built("ioi").circuit, **BARE)
+        assert abs(float(result.empty.double().mean())) < 0.1 * float(result.full.mean())
 
 
 def test_mlps_run_free_unless_asked_for() -> None:
@@ -296,7 +376,9 @@ def test_templates_are_used_by_themselves() -> None:
     circuit = Circuit.of((4, 6, 2), {"at_end": ["L0H3.z@END", "L0H2.z@END"], "at_s2": "L0H5.z@S2"})
     light = BARE | {"random_circuits": 2}
     own = circuit_evaluation(model, prompts, circuit, **light)
-    runs = Ablations(model, prompts, Metric.parse("logit_diff").reader(prompts), by="template")
+    assert len(own.asked) == 14 and "4 of 18 prompts left out: no other context is like theirs" in own.notes
+    some = prompts[own.asked.tolist()]
+    runs = Ablations(model, some, Metric.parse("logit_diff").reader(some), by="template")
     torch.testing.assert_close(own.circuit, runs([Knockout.all_but(circuit.nodes)]), atol=1e-4, rtol=0)
     assert "by template" in own.notes[0]
     assert float(own.faithfulness().value) > 0.6 and bool((own.random_faithfulness().abs() < 0.2).all())
@@ -314,21 +396,27 @@ def test_bad_input_is_refused_in_one_sentence(unchecked: None) -> None:
     refused(r"the circuit is of a model with .* \(5, 4, 2\), this one has \(4, 6, 3\)", of=built("backup_head").circuit)
     refused("there is no role named 'movers'; nearest: mover", roles=("movers",))
     refused("there is no role named 'input'", roles=("input",))  # embeddings are not knocked out
-    refused("none of the 0 nodes of this one is such", of=Circuit((4, 6, 3), ()))
-    refused(r"heads \(MLPs count with mlps=True\), and none of the 1 nodes", of=Circuit.of((4, 6, 3), {"a": "L1.mlp_out@END"}))
-    refused("with minimality=role needs at least 2 prompts for standard errors, got 1", prompts[:1])
-    refused("with minimality=greedy needs at least 4 prompts for standard errors, got 3", prompts[:3], minimality="greedy")
+    refused("by knocking out heads .*, but this one has no nodes", of=Circuit((4, 6, 3), ()))
+    refused(
+        r"heads \(MLPs count with mlps=True\), but the nodes of this one are L1.mlp_out@END",
+        of=Circuit.of((4, 6, 3), {"a": "L1.mlp_out@END"}),
+    )
+    refused("needs prompts of at least 2 contexts for standard errors, got 1", prompts[:1], ablation="zero")
+    refused("needs prompts of at least 2 contexts for standard errors, got 1", prompts[[0, 0, 0]], ablation="zero")
+    refused("at least 2 contexts that are not alone in what by=template or length names for standard errors, got 0", prompts[:1])
+    refused("needs prompts of at least 4 contexts for standard errors, got 3", prompts[[0, 1, 2, 2]], minimality="greedy")
     refused("these prompts have no tag 'template'; they have order, and by=length", by="template")
     refused("there is no ablation named 'means'; nearest: mean", ablation="means")
     refused("there is no minimality named 'all'", minimality="all")
-    refused("greedy_steps is a number of draws or steps, but it is 0", greedy_steps=0)
-    refused("random_circuits is a number of draws or steps, but it is 2.5", random_circuits=2.5)
+    refused("greedy_steps is a whole number from 1 up, but it is 0", greedy_steps=0)
+    refused("random_circuits is a whole number from 0 up, but it is 2.5", random_circuits=2.5)
+    refused("random_circuits is a whole number from 0 up, but it is -1", random_circuits=-1)
     refused("there is no metric named 'loss'", metric="loss")
     refused("needs Prompts or PromptPairs, not str", "a text")
     refused("no position 'S9' in these prompts; they name", of=Circuit.of((4, 6, 3), {"a": "L1H2.z@S9"}))
     shared = replace(circuit, contexts=prompts.contexts[3:5])
     refused(r"found on these prompts \(2 of their contexts, such as", of=shared)
-    refused(r"found on these prompts \(all of them", of=replace(circuit, prompts=prompts.digest))
+    refused(r"found on these prompts \(they are the same ones\)", of=replace(circuit, prompts=prompts.digest))
     found, fresh = pairs("ioi", 24).split(seed=1)
     settled = replace(circuit, contexts=found.contexts, prompts=found.digest)
     assert circuit_evaluation(model, fresh, settled, **BARE).full.shape == (1, len(fresh))

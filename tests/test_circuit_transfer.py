@@ -65,7 +65,7 @@ def test_every_circuit_in_every_model_against_plain_hooks(world: Any) -> None:
             for row in range(5):
                 stand_in = [torch.zeros_like(seen[row]["z", i]) for i in range(3)]
                 if ablation == "mean":
-                    stand_in = [torch.stack([own["z", i] for own in seen]).mean(0) for i in range(3)]
+                    stand_in = [torch.stack([own["z", i] for j, own in enumerate(seen) if j != row]).mean(0) for i in range(3)]
                 runs = [(kept[c], found.circuit[:, c, s, row]) for c in range(3)]
                 runs += [((), found.empty[:, s, row])]
                 runs += [(other_circuits(kept[1], kept[1], pair.shape, 2, 1)[1], found.random[:, 1, s, 1, row])]

@@ -18,8 +18,10 @@ from interp.names import unknown
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.stats import Estimate, bootstrap, changed, permutation, plus_minus, recovered, standard_error
-from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations
-from interp.sweeps.knockouts import GIVEN, Evaluated, Given, Nodes, Search, evaluated
+from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, comparable
+from interp.sweeps.answers import unseen
+from interp.sweeps.knockouts import Evaluated, Given, Nodes, Search, by_role, evaluated, live
+from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class CircuitEvaluationResult(Result):
     """The metric F of every run, per prompt. M is the model, C the circuit: M with all else knocked out.
+
+    Prompts of one context are no independent draws, so means, intervals and tests are of means per context.
 
     Attributes:
         full: F(M).
@@ -45,6 +49,8 @@ class CircuitEvaluationResult(Result):
         floor: largest change of F(M) by rounding alone.
         deviation: largest difference of runs that were computed both ways, many together and one by one.
         checked: how many were.
+        asked: the prompts that are judged, by their numbers among those given.
+        group: context of each, as they first come.
         sizes: numbers of nodes along the curve.
         order: the nodes in the order of the curve.
         ordered_by: what this order is.
@@ -72,6 +78,8 @@ class CircuitEvaluationResult(Result):
     floor: Float[Tensor, " side"]
     deviation: Float[Tensor, " side"]
     checked: Int[Tensor, " side"]
+    asked: Int[Tensor, " prompt"]
+    group: Int[Tensor, " prompt"]
     sizes: tuple[int, ...]
     order: tuple[str, ...]
     ordered_by: str
@@ -96,31 +104,40 @@ class CircuitEvaluationResult(Result):
             raise InputError(f"there is no model {side!r} in this result; it has {', '.join(self.sides)}")
         return len(self.sides) - 1 if side is None else self.sides.index(side)
 
-    def _share(self, top: Tensor, i: int, rows: slice = slice(None)) -> Estimate:
-        """mean(top) / F(M) for [prompt ...]; refused where F(M) is close to 0."""
-        full = self.full[i, rows]
+    @property
+    def n(self) -> str:
+        """How many prompts, or contexts where several prompts share one, the statistics are of."""
+        prompts, contexts = len(self.group), int(self.group.max()) + 1
+        return f"{prompts} prompts" if prompts == contexts else f"{contexts} contexts of {prompts} prompts"
+
+    def _mean(self, values: Float[Tensor, "... prompt"]) -> Float[Tensor, "... context"]:
+        return by_context(values.movedim(-1, 0), self.group).movedim(0, -1)
+
+    def _share(self, top: Tensor, i: int, contexts: slice = slice(None)) -> Estimate:
+        """mean(top) / F(M) for [context ...]; refused where F(M) is close to 0."""
+        full = self._mean(self.full[i])[contexts]
         found = recovered(top, torch.zeros_like(full), full, seed=self.draw_seed)
         near = f"F(M) is {plus_minus(full)}, within two standard errors of 0"
         return replace(found, refused=near) if found.refused else found
 
     def difference(self, side: str | None = None) -> Estimate:
-        """F(C) - F(M); 95 % interval from resampling prompts, the same ones for both.
+        """F(C) - F(M); 95 % interval from resampling contexts, the same ones for both.
 
         Args:
             side: which model; by default the tuned one, or the only one.
         """
         i = self._side(side)
-        return bootstrap(self.circuit[i] - self.full[i], seed=self.draw_seed)
+        return bootstrap(self._mean(self.circuit[i] - self.full[i]), seed=self.draw_seed)
 
     def ratio(self, side: str | None = None) -> Estimate:
         """F(C) / F(M), a ratio of means; refused where F(M) is within two standard errors of 0."""
         i = self._side(side)
-        return self._share(self.circuit[i], i)
+        return self._share(self._mean(self.circuit[i]), i)
 
     def faithfulness(self, side: str | None = None) -> Estimate:
         """(F(C) - F(empty)) / (F(M) - F(empty)), from 0 to 1; refused where the two ends are within two standard errors."""
         i = self._side(side)
-        return recovered(self.circuit[i], self.empty[i], self.full[i], seed=self.draw_seed)
+        return recovered(*(self._mean(x[i]) for x in (self.circuit, self.empty, self.full)), seed=self.draw_seed)
 
     def change(self) -> Estimate:
         """Faithfulness in the tuned model minus that in the base.
@@ -129,8 +146,8 @@ class CircuitEvaluationResult(Result):
             InputError: only one model.
         """
         sides = (self._side("base"), self._side("tuned"))
-        found = changed(*((self.circuit[i, :, None], self.empty[i], self.full[i]) for i in sides), seed=self.draw_seed)
-        return replace(found, value=found.value[0], low=found.low[0], high=found.high[0])
+        ends = ([self._mean(x[i]) for x in (self.circuit, self.empty, self.full)] for i in sides)
+        return changed(*ends, seed=self.draw_seed)
 
     def gap(self, side: str | None = None) -> Float[Tensor, "subset prompt"]:
         """F(C without K) - F(M without K), 0 for a complete circuit."""
@@ -139,45 +156,46 @@ class CircuitEvaluationResult(Result):
 
     @property
     def judged(self) -> slice:
-        """The prompts that nodes are judged on: those that did not choose their K."""
+        """The contexts that nodes are judged on: those that did not choose their K."""
         return slice(1, None, 2) if self.minimality == "greedy" else slice(None)
 
-    def effect(self, side: str | None = None) -> Float[Tensor, "node prompt"]:
-        """F(C without K and the node) - F(C without K), on the prompts that nodes are judged on; negative for what supports the answer."""
+    def effect(self, side: str | None = None) -> Float[Tensor, "node context"]:
+        """F(C without K and the node) - F(C without K), on the contexts that nodes are judged on; negative for what supports the answer."""
         i = self._side(side)
-        return (self.after[i] - self.before[i])[:, self.judged]
+        return self._mean(self.after[i] - self.before[i])[:, self.judged]
 
     def needed(self, side: str | None = None) -> Bool[Tensor, " node"]:
         """Nodes without which F changes by at least 1 % of F(M) (the bar of Wang et al.), more than rounding does, at p < 0.05."""
         i, effect = self._side(side), self.effect(side)
         size = effect.double().mean(-1).abs()
-        enough = size >= 0.01 * self.full[i].double().mean().abs()
+        enough = size >= 0.01 * self._mean(self.full[i]).double().mean().abs()
         return enough & (size > self.floor[i]) & (permutation(effect.T, seed=self.draw_seed).adjusted < 0.05)
 
     def random_faithfulness(self, side: str | None = None) -> Float[Tensor, "draw size"]:
         """Faithfulness of random circuits of every size, NaN where it is refused."""
         i = self._side(side)
-        share = (self.random[i] - self.empty[i]).double().mean(-1) / (self.full[i] - self.empty[i]).double().mean()
-        return share * torch.nan if self.faithfulness(side).refused else share
+        gain, whole = (self._mean(x - self.empty[i]).double().mean(-1) for x in (self.random[i], self.full[i]))
+        return gain / whole * (torch.nan if self.faithfulness(side).refused else 1)
 
     def summary(self) -> str:
         """Faithfulness beside random circuits, the widest gap, and how many nodes are needed."""
         told = [self._told(side) + (f" in {side}" if len(self.sides) > 1 else "") for side in reversed(self.sides)]
         if len(self.sides) > 1 and not (change := self.change()).refused:
             told.insert(0, f"faithfulness changed by {change.at()}")
-        how = [f"{self.ablation} ablation", f"n = {self.full.shape[1]} prompts", self.exactness]
+        how = [f"{self.ablation} ablation", f"n = {self.n}", self.exactness]
         return f"The circuit of {len(self.order)} nodes: {'; '.join(told)} ({'; '.join(how)})"
 
     def _told(self, side: str) -> str:
         i, share = self._side(side), self.faithfulness(side)
+        circuit, empty, full = (self._mean(x[i]) for x in (self.circuit, self.empty, self.full))
         if share.refused:
-            main = f"faithfulness has no meaning, F(M) - F(empty) is {plus_minus(self.full[i] - self.empty[i])}"
+            main = f"faithfulness has no meaning, F(M) - F(empty) is {plus_minus(full - empty)}"
         else:
             draws = self.random_faithfulness(side)[:, -1]
             spread = f" +- {float(draws.std()):.2g}" if len(draws) > 1 else ""
             main = f"faithfulness {share.at()}" + (f", random circuits {float(draws.mean()):.2g}{spread}" if len(draws) else "")
-        main += f", F(C) {plus_minus(self.circuit[i])} of F(M) {plus_minus(self.full[i])} {self.metric}"
-        gaps = self.gap(side)
+        main += f", F(C) {plus_minus(circuit)} of F(M) {plus_minus(full)} {self.metric}"
+        gaps = self._mean(self.gap(side))
         if len(gaps):
             widest = int(gaps.double().mean(-1).abs().argmax())
             main += f", widest gap {plus_minus(gaps[widest])} ({self.labels['subset'][widest]})"
@@ -191,7 +209,7 @@ class CircuitEvaluationResult(Result):
         return "; ".join([off, *self.notes])
 
     def _compared(self, i: int) -> Iterator[tuple[str, list[tuple[str, int, str]], Tensor, Tensor, slice]]:
-        """Kind, (name, number of nodes, K) of each, F of each, and what it is compared with, [row prompt]; the prompts judged on."""
+        """Kind, (name, number of nodes, K) of each, F of each, and what it is compared with, [row prompt]; contexts judged on."""
         every, n = slice(None), len(self.order)
         whole = [("circuit", n, ""), ("nothing", 0, "")]
         yield "faithfulness", whole, torch.stack([self.circuit[i], self.empty[i]]), self.full[i].expand(2, -1), every
@@ -221,18 +239,18 @@ class CircuitEvaluationResult(Result):
         make = self._per_prompt if per else self._rows
         return pd.DataFrame([row for i in range(len(self.sides)) for kind in self._compared(i) for row in make(i, *kind)])
 
-    def _per_prompt(self, i: int, kind: str, names: Any, value: Tensor, against: Tensor, rows: slice) -> Iterator[dict[str, Any]]:
+    def _per_prompt(self, i: int, kind: str, names: Any, value: Tensor, against: Tensor, contexts: slice) -> Iterator[dict[str, Any]]:
         for (name, _, without), own, other in zip(names, value.tolist(), against.tolist(), strict=True):
-            for prompt in range(len(own)):
+            for prompt, x, y in zip(self.asked.tolist(), own, other, strict=True):
                 row = {"side": self.sides[i], "kind": kind, "name": name, "without": without, "prompt": prompt}
-                yield {**row, "value": own[prompt], "against": other[prompt]}
+                yield {**row, "value": x, "against": y}
 
-    def _rows(self, i: int, kind: str, names: Any, value: Tensor, against: Tensor, rows: slice) -> Iterator[dict[str, Any]]:
+    def _rows(self, i: int, kind: str, names: Any, value: Tensor, against: Tensor, contexts: slice) -> Iterator[dict[str, Any]]:
         if not len(value):
             return
-        value, against = value[:, rows].double(), against[:, rows].double()
+        value, against = (self._mean(x)[:, contexts].double() for x in (value, against))
         gap = (value - against).T
-        share, test = self._share(gap, i, rows), permutation(gap, seed=self.draw_seed)
+        share, test = self._share(gap, i, contexts), permutation(gap, seed=self.draw_seed)
         columns = {"value": value.mean(-1), "value_se": standard_error(value.T), "against": against.mean(-1)}
         columns |= {"difference": gap.mean(0), "difference_se": standard_error(gap)}
         columns |= {"share": share.value, "low": share.low, "high": share.high, "p": test.p, "p_adjusted": test.adjusted}
@@ -258,14 +276,13 @@ class CircuitEvaluationResult(Result):
         """How faithful the circuit is by its size, beside random circuits."""
         series, bands, resolved = {}, {}, all(self.faithfulness(side).refused is None for side in self.sides)
         for i, side in enumerate(self.sides):
-            values = self.curve[i].T
-            share = (
-                recovered(values, self.empty[i], self.full[i], seed=self.draw_seed) if resolved else bootstrap(values, seed=self.draw_seed)
-            )
+            values, empty, full = (self._mean(x[i]) for x in (self.curve, self.empty, self.full))
+            values = values.T
+            share = recovered(values, empty, full, seed=self.draw_seed) if resolved else bootstrap(values, seed=self.draw_seed)
             name = side if len(self.sides) > 1 else "circuit"
             series[name], bands[name] = share.value, (share.low, share.high)
             if self.random.shape[1]:
-                draws = self.random_faithfulness(side) if resolved else self.random[i].double().mean(-1)
+                draws = self.random_faithfulness(side) if resolved else self._mean(self.random[i]).double().mean(-1)
                 name = f"random, {side}" if len(self.sides) > 1 else "random circuits"
                 series[name], bands[name] = draws.mean(0), (draws.amin(0), draws.amax(0))
         beside = f"; random: range of {self.random.shape[1]} draws" if self.random.shape[1] else ""
@@ -273,7 +290,7 @@ class CircuitEvaluationResult(Result):
             series,
             self.sizes,
             bands=bands,
-            title=f"Faithfulness by size, {self.ablation} ablation (n = {self.full.shape[1]}{beside})",
+            title=f"Faithfulness by size, {self.ablation} ablation (n = {self.n}{beside})",
             xlabel=f"nodes kept, by {self.ordered_by}",
             ylabel=f"share of {self.metric} kept" if resolved else f"{self.unit} (not normalised)",
         )
@@ -291,11 +308,11 @@ class CircuitEvaluationResult(Result):
         labels = [f"{name}: without {without or 'nothing'}" for own in self.subsets for name, without in zip(names, own, strict=True)]
         several = len(self.sides) > 1
         return plots.scatter(
-            self.model_without.double().mean(-1).flatten(),
-            self.circuit_without.double().mean(-1).flatten(),
+            self._mean(self.model_without).double().mean(-1).flatten(),
+            self._mean(self.circuit_without).double().mean(-1).flatten(),
             labels=labels,
             groups=[f"{kind}, {side}" if several else kind for side in self.sides for kind in kinds],
-            title=f"Completeness: on the line, circuit and model do alike without K (n = {self.full.shape[1]})",
+            title=f"Completeness: on the line, circuit and model do alike without K (n = {self.n})",
             xlabel=f"model without K, {self.metric}",
             ylabel=f"circuit without K, {self.metric}",
             diagonal=True,
@@ -308,20 +325,20 @@ class CircuitEvaluationResult(Result):
             effect = self.effect(side).T
             found = self._share(effect, i, self.judged) if resolved else bootstrap(effect, seed=self.draw_seed)
             series[side], intervals[side] = found.value, (found.low, found.high)
-        scale = float(self.full.double().mean(-1).abs().min()) if resolved else 1.0
+        scale = float(self._mean(self.full).double().mean(-1).abs().min()) if resolved else 1.0
         others = "other nodes chosen for it" if self.minimality == "greedy" else "the others of its role"
         return plots.bars(
             [f"{node} {role}" for node, role in zip(self.labels["node"], self.roles, strict=True)],
             series,
             intervals=intervals,
-            title=f"Minimality: what goes with a node, without {others} (n = {len(self.full[0, self.judged])})",
+            title=f"Minimality: what goes with a node, without {others} (n = {'half of ' if self.minimality == 'greedy' else ''}{self.n})",
             xlabel="node",
             ylabel=f"change as a share of the model's {self.metric}" if resolved else f"change of {self.unit}",
             floor=float(self.floor.max()) / scale,
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def circuit_evaluation(
     model: HookedModel | ModelPair,
     prompts: Prompts | PromptPairs,
@@ -347,14 +364,16 @@ def circuit_evaluation(
     position is kept at all tokens. Embeddings are never knocked out, and edges are not tested.
 
     - *Faithfulness*: F(C) beside F(M), as a difference, a ratio, and between everything knocked out (0) and nothing (1); along
-      a growing circuit, and for random circuits with as many heads at each position, none of them its own.
+      a growing circuit, and for random circuits with as many heads at each position, none of them its own there.
     - *Completeness*: F(C without K) beside F(M without K), where M loses nothing but K. K is each role, random subsets, and subsets
       sought greedily for a wide gap; the gap of the last is the widest found on these prompts, so it is rather too large.
     - *Minimality*: what F(C without K) changes by when a node goes too. K is the others of its role by default. A node that
       rests while another works (a backup) shows with none of them; ``minimality="greedy"`` looks for the K that makes each
-      node matter, on one half of the prompts, and judges it on the other.
+      node matter, on one half of the contexts, and judges it on the other.
 
-    Evaluate on other prompts than the circuit was found on: prompts with a context of the discovery are refused.
+    Where prompts share a context, all statistics are of means per context, and n counts contexts. Prompts that nothing can stand in for,
+    since no other context is like theirs in what ``by`` names, are left out, and the result says how many. Evaluate on other prompts than
+    the circuit was found on: prompts with a context of the discovery are refused.
 
     Args:
         model: one model, or a pair: the same circuit in both, each with its own activations.
@@ -362,7 +381,8 @@ def circuit_evaluation(
         circuit: the circuit; it has to have heads (or, with ``mlps``, MLPs).
         metric: what counts as the answer; ``kl`` is measured from the whole model.
         ablation: what a knocked-out head gives: ``mean`` of its z at that token over the corrupt prompts of pairs, otherwise
-            over the prompts; ``resample``, its z at that token of the corrupt partner, or of another prompt; ``zero``.
+            over the prompts, each time without those of the prompt's own context, its partner among them; ``resample``, its z at that
+            token of the corrupt partner, or of a prompt of another context; ``zero``. Means over fewer than ten prompts are noisy.
         by: which prompts share means: those with the same value of a tag, or of several, ``template,order``; ``length`` is their
             number of tokens; ``all``. They must have one length. By default ``template`` where prompts have this tag, else ``length``
             where they differ in it, else ``all``.
@@ -378,34 +398,42 @@ def circuit_evaluation(
 
     Raises:
         InputError: a circuit of another shape, without heads, or found on these contexts; an unknown role, tag, ablation or
-            metric; fewer prompts than standard errors take; lengths that differ where tokens must correspond.
+            metric; fewer contexts than standard errors take; lengths that differ where tokens must correspond.
     """
-    counts = {"completeness_random": completeness_random, "greedy": greedy, "random_circuits": random_circuits}
-    counts |= {"greedy_steps": greedy_steps, "greedy_candidates": greedy_candidates}
-    _check(prompts, circuit.check(model.shape), ablation, minimality, counts)
-    nodes = _live(circuit, mlps)
-    search = Search(
-        _roles(circuit, nodes, roles), completeness_random, greedy, greedy_steps, greedy_candidates, minimality, random_circuits, seed
-    )
+    asked = _asked(prompts, circuit.check(model.shape), ablation, by, 4 if minimality == "greedy" else 2)
+    nodes = live(circuit, mlps)
+    sets = by_role(circuit, nodes, roles)
+    search = Search(sets, completeness_random, greedy, greedy_steps, greedy_candidates, minimality, random_circuits, seed)
+    given, prompts = len(prompts), prompts[asked]
     judge, found = Metric.parse(metric), list[Evaluated]()
     for side, one in model.sides():
         reader = judge.reader(prompts, _reference(one, prompts, judge))
         runs = Ablations(one, prompts, reader, ablation=ablation, by=by, mlps=mlps, seed=seed)
         found.append(evaluated(runs, circuit, nodes, search, found[0].order if found else None, side))
-    return _result(found, circuit, nodes, search, judge, ablation)
+    told = [f"{given - len(asked)} of {given} prompts left out: no other context is like theirs"] if given > len(asked) else []
+    rows = {"asked": torch.tensor(asked), "group": grouped(prompts.contexts)}
+    return _result(found, rows, told, circuit, nodes, search, judge, ablation)
 
 
 def _result(
-    found: Sequence[Evaluated], circuit: Circuit, nodes: Nodes, search: Search, judge: Metric, ablation: Ablation
+    found: Sequence[Evaluated],
+    rows: dict[str, Tensor],
+    told: list[str],
+    circuit: Circuit,
+    nodes: Nodes,
+    search: Search,
+    judge: Metric,
+    ablation: Ablation,
 ) -> CircuitEvaluationResult:
     first = found[0]
     rest = [str(node) for node in circuit.nodes if node not in nodes]
-    told = [f"{', '.join(rest[:3])}{' and others' if len(rest) > 3 else ''} not tested: never knocked out here"] if rest else []
+    told += [f"{', '.join(rest[:3])}{' and others' if len(rest) > 3 else ''} not tested: never knocked out here"] if rest else []
     if search.random_circuits and not first.values["random"].shape[0]:
         told.append("no random circuits: at some position the circuit has more nodes than there are others")
     matter = "how much they matter" + (f" in {first.name}" if len(found) > 1 else "")
     return CircuitEvaluationResult(
         **{name: torch.stack([side.values[name] for side in found]) for name in first.values},
+        **rows,
         sizes=first.sizes,
         order=tuple(map(str, first.order)),
         ordered_by="score" if all(node in circuit.scores for node in nodes) else matter,
@@ -422,45 +450,18 @@ def _result(
     )
 
 
-def _live(circuit: Circuit, mlps: bool) -> Nodes:
-    """The nodes that can be knocked out."""
-    nodes = tuple(node for node in circuit.nodes if node.component in ("z", *(["mlp_out"] if mlps else [])))
-    if not nodes:
-        what = "heads or MLPs" if mlps else "heads (MLPs count with mlps=True)"
-        raise InputError(f"a circuit is evaluated by knocking out {what}, and none of the {len(circuit.nodes)} nodes of this one is such")
-    return nodes
-
-
-def _roles(circuit: Circuit, nodes: Nodes, wanted: Sequence[str]) -> dict[str, Nodes]:
-    """Role -> its nodes, for those that are wanted, or all."""
-    known = dict.fromkeys(circuit.roles[node] for node in nodes if node in circuit.roles)
-    for role in wanted:
-        if role not in known:
-            raise unknown("role", role, known)
-    return {role: tuple(node for node in nodes if circuit.roles.get(node) == role) for role in wanted or known}
-
-
-def _check(prompts: object, circuit: Circuit, ablation: str, minimality: str, counts: dict[str, int]) -> None:
-    """Refuse what cannot be evaluated, before anything runs."""
+def _asked(prompts: Prompts | PromptPairs, circuit: Circuit, ablation: Ablation, by: str | None, need: int) -> list[int]:
+    """The prompts that can be judged; refuses what cannot be evaluated, before anything runs."""
     if not isinstance(prompts, Prompts | PromptPairs):
         raise InputError(f"circuit_evaluation needs Prompts or PromptPairs, not {type(prompts).__name__}")
-    for value, name, known in ((ablation, "ablation", ABLATIONS), (minimality, "minimality", GIVEN)):
-        if value not in known:
-            raise unknown(name, str(value), known)
-    for name, count in counts.items():
-        if type(count) is not int or count < (name in ("greedy_steps", "greedy_candidates")):
-            raise InputError(f"{name} is a number of draws or steps, but it is {count!r}")
-    need = 4 if minimality == "greedy" else 2
-    if len(prompts) < need:
-        raise InputError(
-            f"circuit_evaluation with minimality={minimality} needs at least {need} prompts for standard errors, got {len(prompts)}"
-        )
-    shared = set(prompts.contexts) & set(circuit.contexts)
-    if shared or circuit.prompts == prompts.digest:
-        which = f"{len(shared)} of their contexts, such as {min(shared)[:60]!r}," if shared else "all of them"
-        raise InputError(
-            f"the circuit was found on these prompts ({which} were seen there); evaluate it on others, as prompts.split() gives"
-        )
+    if ablation not in ABLATIONS:
+        raise unknown("ablation", str(ablation), ABLATIONS)
+    unseen(prompts, circuit)
+    asked = comparable(prompts, ablation, by)
+    if (contexts := len({prompts.contexts[i] for i in asked})) < need:
+        alone = f" that are not alone in what by={by or 'template or length'} names" if len(asked) < len(prompts) else ""
+        raise InputError(f"circuit_evaluation needs prompts of at least {need} contexts{alone} for standard errors, got {contexts}")
+    return asked
 
 
 def _reference(model: HookedModel, prompts: Prompts | PromptPairs, judge: Metric) -> Tensor | None:

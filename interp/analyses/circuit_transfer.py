@@ -19,7 +19,7 @@ from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, ratio_of_means, recovered, standard_error
-from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, Knockout
+from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, Knockout, comparable
 from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, measures, names, readers, unseen
 from interp.sweeps.knockouts import other_circuits
 
@@ -287,6 +287,11 @@ def circuit_transfer(
             better than a guess among the options; an unknown setting.
     """
     circuits = _circuits(pair, prompts, {"base": circuit_base, "tuned": circuit_tuned}, ablation, random_circuits)
+    asked = comparable(prompts, ablation, by)
+    if len(asked) < 2:
+        raise InputError(f"circuit_transfer needs two prompts or more that others stand in for; of {len(prompts)} there are {len(asked)}")
+    out = [f"{len(prompts) - len(asked)} of {len(prompts)} prompts left out: no other stands in for them"] * (len(asked) < len(prompts))
+    prompts = prompts[asked]
     read, shape = readers(prompts, metric, among), pair.shape
     above_chance(prompts, dict(pair.sides()))
     nodes = {name: heads_of(c, f"{name}'s circuit") for name, c in circuits.items()}
@@ -305,7 +310,7 @@ def circuit_transfer(
         among=among,
         unit=Metric.parse(metric).unit or str(Metric.parse(metric)),
         draw_seed=seed,
-        notes=(*dict.fromkeys(n for side in found for n in side.notes), *_notes(circuits, lone)),
+        notes=(*dict.fromkeys(n for side in found for n in side.notes), *_notes(circuits, lone), *out),
         labels={
             "measure": names(read),
             "side": tuple(sides),

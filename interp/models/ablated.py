@@ -27,7 +27,7 @@ class StandIn:
 
     Attributes:
         entry: which entry each token has, [prompt pos]; padding has 0.
-        table: ``z`` of a layer -> [entry head d_head]; ``mlp_out`` of a layer -> [entry d_model].
+        table: ``z`` of a layer -> [entry head d_head]; ``mlp_out`` of a layer -> [entry d_model]. There may be more than are named.
     """
 
     entry: Int[Tensor, "prompt pos"]
@@ -71,30 +71,49 @@ def recorded(model: HookedModel, source: Batch, partner: Sequence[int], entry_of
 
 
 def means(
-    model: HookedModel, source: Batch, slot: Int[Tensor, "prompt pos"], entry: Int[Tensor, "prompt pos"], sites: Sequence[Site]
+    model: HookedModel,
+    source: Batch,
+    slot: Int[Tensor, "source pos"],
+    left_out: Int[Tensor, "way source pos"],
+    whole: Int[Tensor, " entry"],
+    entry: Int[Tensor, "prompt pos"],
+    sites: Sequence[Site],
 ) -> StandIn:
-    """Means over tokens of the source that share a slot, summed in float64 while the prompts pass through.
+    """Means over tokens of the source that share a slot, each entry without some of them: the sum of all less the sum of those.
+
+    Slots are summed in float64 while the prompts pass through.
 
     Args:
         model: the model.
         source: prompts that values come from.
-        slot: which mean each of their tokens enters, from 0 up; none for padding.
-        entry: which mean each token of the ablated prompts gets.
+        slot: which sum each of their tokens enters, from 0 up; nothing is read of padding.
+        left_out: the entries that leave a token out; one past the last entry is none.
+        whole: the slot of every entry.
+        entry: which entry each token of the ablated prompts gets.
         sites: what ``parts`` names.
     """
-    real = source.mask.cpu()
-    count = torch.bincount(slot[real])
+    real, many = source.mask.cpu(), len(whole)
+    count = torch.bincount(slot[real], minlength=int(whole.max()) + 1)
+    without = torch.bincount(left_out[:, real].flatten(), minlength=many + 1)
+    rest = (count[whole] - without[:many]).clamp_min(1)  # 0 where no token ever looks
+    wide = torch.promote_types(model.dtype, torch.float32)
     sums: dict[Site, Tensor] = {}
+    table: dict[Site, Tensor] = {}
     kept = sum(model.shape.d_model if s.component == "mlp_out" else model.shape.n_heads * model.shape.d_head for s in sites)
     for part, got in model.each(source, model._bytes_per_token(kept), lambda part: model.read(part, sites)):
         mask = part.batch.mask.cpu()
-        where = slot[part.rows, : mask.shape[1]][mask]
+        columns = mask.shape[1]
         for site, x in got.items():
             if site not in sums:
                 sums[site] = torch.zeros(len(count), *x.shape[2:], dtype=torch.float64, device=x.device)
-            sums[site].index_add_(0, where.to(x.device), x[mask.to(x.device)].double())
-    wide = torch.promote_types(model.dtype, torch.float32)
-    table = {site: (x / count.to(x.device).reshape(-1, *[1] * (x.ndim - 1))).to(wide) for site, x in sums.items()}
+                table[site] = torch.zeros(many + 1, *x.shape[2:], dtype=wide, device=x.device)
+            values = x[mask.to(x.device)]
+            sums[site].index_add_(0, slot[part.rows, :columns][mask].to(x.device), values.double())
+            for way in left_out:
+                table[site].index_add_(0, way[part.rows, :columns][mask].to(x.device), values.to(wide))
+    for site, x in table.items():  # in place: this is as large as all activations of the prompts
+        n = rest.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        x[:many] = ((sums.pop(site)[whole.to(x.device)] - x[:many]) / n).to(wide)
     return StandIn(entry, table)
 
 

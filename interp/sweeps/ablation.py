@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from interp.progress import progress
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site
 from interp.sweeps.plain import baseline, run
+from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
     from interp.models import Batch, HookedModel
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Ablation = Literal["mean", "resample", "zero"]
 ABLATIONS = ("mean", "resample", "zero")
 Key = tuple[str, ...]
+_FEW = 10  # fewer prompts than that make a noisy mean
 _ROWS = 4096  # runs that are put together at a time; memory decides how many of them pass at once
 
 
@@ -58,6 +61,7 @@ class Ablations:
     Attributes:
         intact: the metric of the whole model, [prompt].
         floor: largest change of it by rounding alone.
+        group: context of every prompt, as ``grouped`` counts them.
         notes: what stands in for knocked-out parts, where that is not plain.
     """
 
@@ -88,7 +92,7 @@ class Ablations:
         """
         self.batch = model.batch(prompts.clean if isinstance(prompts, PromptPairs) else prompts)
         self.stand_in, self.notes = stand_in(model, prompts, ablation, by=by, mlps=mlps, seed=seed)
-        self.model, self.reader = model, reader
+        self.model, self.reader, self.group = model, reader, grouped(prompts.contexts)
         self.intact, self.floor = baseline(model, self.batch, reader)
         self._known: dict[Knockout, Tensor] = {}
 
@@ -104,6 +108,10 @@ class Ablations:
             chunk = new[at : at + many]
             self._known |= dict(zip(chunk, self._runs(chunk), strict=True))
         return torch.stack([self._known[k] for k in knockouts]) if knockouts else self.intact.new_empty(0, len(self.batch))
+
+    def mean(self, values: Float[Tensor, "... prompt"]) -> Float[Tensor, "... context"]:
+        """Means per context: prompts of one context are no independent draws."""
+        return by_context(values.movedim(-1, 0), self.group).movedim(0, -1)
 
     def _runs(self, knockouts: Sequence[Knockout]) -> Iterator[Tensor]:
         masks = _Masks(self.batch, knockouts, self.stand_in.table)
@@ -174,14 +182,18 @@ class _Masks:
         return named ^ self.rest[number][:, None, None]
 
     def touched(self) -> Bool[Tensor, "knockout prompt"]:
-        """Where anything is knocked out at all."""
-        n, prompts = len(self.rest), len(self.real)
-        number, prompt = torch.arange(n).repeat_interleave(prompts), torch.arange(prompts).repeat(n)
-        found = torch.zeros(n * prompts, dtype=torch.bool)
-        for site in self.member:
-            out = self(site, number, prompt, self.real.shape[1]).any(-1)
-            found |= (out & self.real[prompt]).any(-1)
-        return found.reshape(n, prompts)
+        """Where anything is knocked out at all. Parts whose nodes are at the same places are looked at once."""
+        every = torch.cat(list(self.member.values()), dim=-1) > 0  # [knockout place part]
+        found = torch.zeros(len(self.rest), len(self.real), dtype=torch.bool)
+        known: dict[tuple[bool, ...], Tensor] = {}
+        for number, rest in enumerate(self.rest.tolist()):
+            for places in every[number].T.unique(dim=0):
+                key = (rest, *places.tolist())
+                if key not in known:
+                    named = (self.tokens[..., places] > 0).any(-1)
+                    known[key] = ((named ^ rest) & self.real).any(-1)
+                found[number] |= known[key]
+        return found
 
 
 def stand_in(
@@ -190,8 +202,10 @@ def stand_in(
     """What knocked-out heads give in place of their own z, and in words what is special about it.
 
     - ``mean``: the mean z at the same token over reference prompts: the corrupt ones of pairs, otherwise the prompts themselves.
-      Token by token is meant literally, so prompts that share means must have one length.
-    - ``resample``: z at the same token of the corrupt partner, or without pairs of another prompt of that length, drawn at random.
+      For every prompt it leaves out itself, its partner and all others of its context, or in small groups the mean would tell the
+      answer. Token by token is meant literally, so prompts that share means must have one length.
+    - ``resample``: z at the same token of the corrupt partner, or without pairs of a prompt of that length and another context,
+      drawn at random.
     - ``zero``: zeros.
 
     Args:
@@ -210,7 +224,7 @@ def stand_in(
     if ablation not in ABLATIONS:
         raise unknown("ablation", str(ablation), ABLATIONS)
     pairs = isinstance(prompts, PromptPairs)
-    asked, reference = (prompts.clean, prompts.corrupt) if pairs else (prompts, prompts)
+    asked, reference = _sides(prompts)
     batch, sites = model.batch(asked), parts(model, mlps)
     if by is not None and (ablation == "zero" or (ablation == "resample" and pairs)):
         raise InputError(f"by={by} would not be used: ablation={ablation} takes no means and draws no prompts")
@@ -228,8 +242,29 @@ def stand_in(
     names = _tags(asked, by)
     own, theirs = (_keys(p, asked.tags, names) for p in (asked, reference))
     if ablation == "resample":
-        return recorded(model, batch, _partners(asked, own, seed), batch, sites), ("another prompt drawn for each",)
+        return recorded(model, batch, _drawn(asked, own, seed), batch, sites), ("another prompt drawn for each",)
     return _means(model, asked, reference, own, theirs, names, sites)
+
+
+def comparable(prompts: Prompts | PromptPairs, ablation: Ablation, by: str | None = None) -> list[int]:
+    """Prompts that have others to take what stands in from: of another context, and alike in what ``by`` names.
+
+    Raises:
+        InputError: an unknown tag.
+    """
+    asked, reference = _sides(prompts)
+    if ablation == "zero" or (ablation == "resample" and asked is not reference):
+        return list(range(len(asked)))
+    names = _tags(asked, by)
+    own, theirs = (_keys(p, asked.tags, names) for p in (asked, reference))
+    if ablation == "resample":
+        return [i for i, others in enumerate(_partners(asked, own)) if others]
+    return [i for i, others in enumerate(_others(asked, reference, own, theirs)) if others]
+
+
+def _sides(prompts: Prompts | PromptPairs) -> tuple[Prompts, Prompts]:
+    """What is asked, and where what stands in comes from."""
+    return (prompts.clean, prompts.corrupt) if isinstance(prompts, PromptPairs) else (prompts, prompts)
 
 
 def _tags(prompts: Prompts, by: str | None) -> list[str]:
@@ -252,18 +287,36 @@ def _keys(prompts: Prompts, tags: Mapping[str, Sequence[str]], names: Sequence[s
     return [tuple(tags[name][i] if name in tags else str(len(ids)) for name in names) for i, ids in rows]
 
 
-def _partners(prompts: Prompts, keys: Sequence[Key], seed: int) -> list[int]:
-    """Another prompt of the same group and length for every prompt."""
+def _partners(prompts: Prompts, keys: Sequence[Key]) -> list[list[int]]:
+    """For every prompt the others of its group and length, and of other contexts."""
     groups: dict[object, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault((key, len(prompts.ids[i])), []).append(i)
+    alike = [(key, len(ids)) for key, ids in zip(keys, prompts.ids, strict=True)]
+    for i, key in enumerate(alike):
+        groups.setdefault(key, []).append(i)
+    return [[j for j in groups[key] if prompts.contexts[j] != prompts.contexts[i]] for i, key in enumerate(alike)]
+
+
+def _drawn(prompts: Prompts, keys: Sequence[Key], seed: int) -> list[int]:
+    """One of these for every prompt."""
     found = []
-    for i, key in enumerate(keys):
-        others = [j for j in groups[key, len(prompts.ids[i])] if j != i]
+    for i, others in enumerate(_partners(prompts, keys)):
         if not others:
-            raise InputError(f"ablation=resample needs another prompt of {len(prompts.ids[i])} tokens for prompt {i}, and there is none")
+            wanted = f"another prompt of {len(prompts.ids[i])} tokens and another context"
+            raise InputError(f"ablation=resample needs {wanted} for prompt {i}, and there is none")
         found.append(random.Random(f"{seed} {i}").choice(others))
     return found
+
+
+def _kin(asked: Prompts, reference: Prompts) -> list[tuple[str, ...]]:
+    """Whose contexts every reference prompt is of: that of the prompt it is the partner of, and its own."""
+    return [tuple(dict.fromkeys(both)) for both in zip(asked.contexts, reference.contexts, strict=True)]
+
+
+def _others(asked: Prompts, reference: Prompts, own: Sequence[Key], theirs: Sequence[Key]) -> list[int]:
+    """For every prompt how many reference prompts of its group are of other contexts."""
+    every = Counter(theirs)
+    kin = Counter((key, context) for key, contexts in zip(theirs, _kin(asked, reference), strict=True) for context in contexts)
+    return [every[key] - kin[key, context] for key, context in zip(own, asked.contexts, strict=True)]
 
 
 def _means(
@@ -275,33 +328,54 @@ def _means(
     names: Sequence[str],
     sites: Sequence[Site],
 ) -> tuple[StandIn, tuple[str, ...]]:
-    """Means token by token over the reference prompts of each group."""
+    """Means token by token over the reference prompts of each group that are of other contexts."""
+    others = _others(asked, reference, own, theirs)
     groups = list(dict.fromkeys(own))
     for key in groups:
-        _check_group(key, names, asked, reference, own, theirs)
+        _check_group(key, names, asked, reference, own, theirs, others)
     width = max(len(ids) for p in (asked, reference) for ids in p.ids)
+    mine = list(zip(own, asked.contexts, strict=True))
+    # Prompts of one group and one context leave out the same, so they share entries. What nobody asks for goes behind all others.
     first = {key: i * width for i, key in enumerate(groups)}
+    entries = {pair: i * width for i, pair in enumerate(dict.fromkeys(mine))}
+    nobody, none = len(groups) * width, len(entries) * width
 
-    def slots(prompts: Prompts, keys: Sequence[Key]) -> Tensor:
-        """The mean of every token; those of groups that nobody asks for share one range behind all others."""
-        starts = torch.tensor([first.get(key, len(groups) * width) for key in keys])
+    def slots(prompts: Prompts, starts: Sequence[int], last: int | None = None) -> Tensor:
+        """Of every token, counted from where its prompt starts."""
         columns = torch.arange(max(map(len, prompts.ids)))
         padding = columns >= torch.tensor([len(ids) for ids in prompts.ids])[:, None]
-        return (starts[:, None] + columns).masked_fill(padding, 0)
+        found = (torch.tensor(starts)[:, None] + columns).masked_fill(padding, 0)
+        return found if last is None else found.clamp_max(last)
 
-    told = f"means over {'the' if asked is reference else 'the corrupt'} prompts" + (f" by {','.join(names)}" if names else "")
-    fewest = f", each of {min(theirs.count(key) for key in groups)} or more" if len(groups) > 1 else ""
-    return means(model, model.batch(reference), slots(reference, theirs), slots(asked, own), sites), (told + fewest,)
+    kin = _kin(asked, reference)
+    ways = [[entries.get((k, c[way]), none) if way < len(c) else none for k, c in zip(theirs, kin, strict=True)] for way in (0, 1)]
+    stand_in = means(
+        model,
+        model.batch(reference),
+        slots(reference, [first.get(key, nobody) for key in theirs]),
+        torch.stack([slots(reference, starts, none) for starts in ways]),
+        torch.cat([first[key] + torch.arange(width) for key, _ in entries]),
+        slots(asked, [entries[pair] for pair in mine]),
+        sites,
+    )
+    what = "the prompts" if asked is reference else "the corrupt prompts"
+    few, most = min(others), max(others)
+    each = f"{few}" if few == most else f"{few} to {most}"
+    noisy = f": fewer than {_FEW} are noisy" if few < _FEW else ""
+    return stand_in, (f"means over {what} of other contexts{' by ' + ','.join(names) if names else ''}, {each} each{noisy}",)
 
 
-def _check_group(key: Key, names: Sequence[str], asked: Prompts, reference: Prompts, own: Sequence[Key], theirs: Sequence[Key]) -> None:
+def _check_group(
+    key: Key, names: Sequence[str], asked: Prompts, reference: Prompts, own: Sequence[Key], theirs: Sequence[Key], others: Sequence[int]
+) -> None:
     """Refuse a group whose tokens do not correspond, or that has nothing to take a mean over."""
     said = ", ".join(f"{name}={value}" for name, value in zip(names, key, strict=True))
     lengths = {len(ids) for p, keys in ((asked, own), (reference, theirs)) for ids, k in zip(p.ids, keys, strict=True) if k == key}
     if len(lengths) > 1:
         which, way = (f"prompts with {said}", f"by={','.join(names)},length") if names else ("these prompts", "by=length, or ablation=zero")
         raise InputError(f"{which} have {min(lengths)} to {max(lengths)} tokens, and means are taken token by token; use {way}")
-    if theirs.count(key) < (2 if asked is reference else 1):
-        few = "only one prompt, whose mean is the prompt itself" if asked is reference else "no corrupt prompt to take a mean over"
+    if alone := [i for i, k in enumerate(own) if k == key and not others[i]]:
+        what = "prompt" if asked is reference else "corrupt prompt"
         less = f", or group them by less than by={','.join(names)}" if names else ""
-        raise InputError(f"there is {few}{', with ' + said if said else ''}; give more prompts{less}")
+        none = f"prompt {alone[0]} has no {what} of another context to take a mean over{', with ' + said if said else ''}"
+        raise InputError(f"{none}; give more prompts{less}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from interp.circuit import Circuit
+from interp.errors import InputError
 from interp.models.checkpoint import Shape
+from interp.names import unknown
 from interp.sites import Site
 from interp.sweeps.ablation import Ablations, Knockout
 
@@ -33,6 +36,20 @@ class Search:
     minimality: Given
     random_circuits: int
     seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of draws or steps.
+
+        Raises:
+            InputError: that, or an unknown minimality.
+        """
+        if self.minimality not in GIVEN:
+            raise unknown("minimality", str(self.minimality), GIVEN)
+        steps = ("greedy_steps", "greedy_candidates")
+        for name in ("completeness_random", "greedy", "random_circuits", *steps):
+            count, least = getattr(self, name), int(name in steps)
+            if type(count) is not int or count < least:
+                raise InputError(f"{name} is a whole number from {least} up, but it is {count!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +75,33 @@ class Evaluated:
     notes: tuple[str, ...]
 
 
+def live(circuit: Circuit, mlps: bool) -> Nodes:
+    """The nodes that can be knocked out.
+
+    Raises:
+        InputError: there are none.
+    """
+    nodes = tuple(node for node in circuit.nodes if node.component in ("z", *(["mlp_out"] if mlps else [])))
+    if nodes:
+        return nodes
+    what = "heads or MLPs" if mlps else "heads (MLPs count with mlps=True)"
+    came = f"the nodes of this one are {', '.join(map(str, circuit.nodes[:3]))}" if circuit.nodes else "this one has no nodes"
+    raise InputError(f"a circuit is evaluated by knocking out {what}, but {came}")
+
+
+def by_role(circuit: Circuit, nodes: Nodes, wanted: Sequence[str]) -> dict[str, Nodes]:
+    """Role -> its nodes, for those that are wanted, or all.
+
+    Raises:
+        InputError: a role that no node has.
+    """
+    known = dict.fromkeys(circuit.roles[node] for node in nodes if node in circuit.roles)
+    for role in wanted:
+        if role not in known:
+            raise unknown("role", role, known)
+    return {role: tuple(node for node in nodes if circuit.roles.get(node) == role) for role in wanted or known}
+
+
 def evaluated(runs: Ablations, circuit: Circuit, nodes: Nodes, search: Search, order: Nodes | None, name: str) -> Evaluated:
     """Runs everything for one model.
 
@@ -77,7 +121,7 @@ def evaluated(runs: Ablations, circuit: Circuit, nodes: Nodes, search: Search, o
     if search.minimality == "greedy":
         given = telling(runs, nodes, given, steps, candidates, seed)
     before, after = without_each(runs, nodes, given)
-    order = order or _order(circuit, nodes, (after - before).double().mean(-1))
+    order = order or _order(circuit, nodes, runs.mean(after - before).double().mean(-1))
     sizes, circuits = sizes_of(len(order)), other_circuits(order, circuit.nodes, runs.model.shape, search.random_circuits, seed)
     grown = runs([Knockout.all_but(chain[:k]) for chain in (order, *circuits) for k in sizes], f"circuits, {name}")
     curve, random = grown[: len(sizes)], grown[len(sizes) :].unflatten(0, (len(circuits), len(sizes)))
@@ -119,24 +163,39 @@ def other_circuits(order: Nodes, known: Iterable[Site], shape: Shape, many: int,
         seed: of the draws.
 
     Returns:
-        One per draw; none where a position has more nodes in the circuit than others.
+        One per draw; none where a position has more nodes in the circuit than others. A node without a position is at all of them, so
+        none of its other heads is drawn a second time at a single one.
     """
-    taken = set(known)
-    classes = dict.fromkeys((node.component, node.position) for node in order)
-    pools: dict[tuple[str, str | int | None], list[Site]] = {}
+    classes = Counter((node.component, node.position) for node in order)
+    taken = [*known]
+    pools = {kind: [site for site in _every(*kind, shape) if not any(_meet(site, node) for node in taken)] for kind in classes}
     for component, position in classes:
-        parts = range(shape.n_heads) if component == "z" else (None,)
-        every = [Site(component, layer, head, position) for layer in range(shape.n_layers) for head in parts]
-        pools[component, position] = [s for s in every if s not in taken and s.at(None) not in taken]
-    number = {c: sum((n.component, n.position) == c for n in order) for c in classes}
-    if any(number[c] > len(pools[c]) for c in classes):
-        return []
-    found = []
-    for i in range(many):
-        draw = Random(f"{seed} circuit {i}")
-        drawn = {c: iter(draw.sample(pools[c], number[c])) for c in classes}
-        found.append(tuple(next(drawn[n.component, n.position]) for n in order))
-    return found
+        everywhere = classes[component, None] if position is not None else 0
+        if classes[component, position] + everywhere > len(pools[component, position]):
+            return []
+    return [_other(order, pools, Random(f"{seed} circuit {i}")) for i in range(many)]
+
+
+def _every(component: str, position: str | int | None, shape: Shape) -> list[Site]:
+    """All heads, or MLPs, at a position."""
+    parts = range(shape.n_heads) if component == "z" else (None,)
+    return [Site(component, layer, head, position) for layer in range(shape.n_layers) for head in parts]
+
+
+def _meet(a: Site, b: Site) -> bool:
+    """Whether two nodes are one head at one place; a node without a position is at all of them."""
+    return a.at(None) == b.at(None) and (a.position == b.position or None in (a.position, b.position))
+
+
+def _other(order: Nodes, pools: Mapping[tuple[str, str | int | None], Sequence[Site]], draw: Random) -> Nodes:
+    """One random circuit."""
+    number = Counter((node.component, node.position) for node in order)
+    drawn: dict[tuple[str, str | int | None], list[Site]] = {}
+    for kind in sorted(number, key=lambda kind: kind[1] is not None):
+        everywhere = drawn.get((kind[0], None), [])
+        drawn[kind] = draw.sample([s for s in pools[kind] if s.at(None) not in everywhere], number[kind])
+    left = {kind: iter(sites) for kind, sites in drawn.items()}
+    return tuple(next(left[node.component, node.position]) for node in order)
 
 
 def incompleteness(runs: Ablations, nodes: Nodes, subsets: Sequence[Nodes], desc: str = "subsets") -> tuple[Tensor, Tensor]:
@@ -152,13 +211,13 @@ def greedy_subset(runs: Ablations, nodes: Nodes, steps: int, candidates: int, se
     In each step, of some nodes drawn at random, the one is added that widens the gap of the means the most, if any does.
     """
     draw, gone = Random(seed), tuple[Site, ...]()
-    best = _gap(*incompleteness(runs, nodes, [gone]))[0]
+    best = _gap(runs, *incompleteness(runs, nodes, [gone]))[0]
     for _ in range(steps):
         rest = [node for node in nodes if node not in gone]
         tried = [(*gone, node) for node in draw.sample(rest, min(candidates, len(rest)))]
         if not tried:
             break
-        gaps = _gap(*incompleteness(runs, nodes, tried, "greedy subsets"))
+        gaps = _gap(runs, *incompleteness(runs, nodes, tried, "greedy subsets"))
         first = max(range(len(tried)), key=gaps.__getitem__)
         if gaps[first] > best:
             gone, best = tried[first], gaps[first]
@@ -171,7 +230,7 @@ def own_class(nodes: Nodes, roles: Mapping[Site, str]) -> list[Nodes]:
 
 
 def telling(runs: Ablations, nodes: Nodes, given: Sequence[Nodes], steps: int, candidates: int, seed: int) -> list[Nodes]:
-    """For every node others without which it matters the most, on every second prompt from the first.
+    """For every node others without which it matters the most, on the prompts of every second context from the first.
 
     It starts without any or without those of ``given``, whichever tells more; in each step, of some nodes drawn at random, the one is
     added that helps the most, until none does.
@@ -204,11 +263,12 @@ def _left(nodes: Nodes, gone: Iterable[Site]) -> Knockout:
     return Knockout.all_but(set(nodes) - set(gone))
 
 
-def _gap(circuit: Tensor, model: Tensor) -> list[float]:
-    return (circuit.double().mean(-1) - model.double().mean(-1)).abs().tolist()
+def _gap(runs: Ablations, circuit: Tensor, model: Tensor, step: int = 1) -> list[float]:
+    """How far the means over contexts, or over every second one, are apart."""
+    return runs.mean(circuit - model)[:, ::step].double().mean(-1).abs().tolist()
 
 
 def _worth(runs: Ablations, nodes: Nodes, node: Site, subsets: Sequence[Nodes]) -> list[float]:
-    """How much a node matters without some others, on every second prompt."""
+    """How much a node matters without some others, on every second context."""
     found = runs([_left(nodes, gone) for gone in subsets] + [_left(nodes, (*gone, node)) for gone in subsets], "nodes")
-    return _gap(found[: len(subsets), ::2], found[len(subsets) :, ::2])
+    return _gap(runs, found[: len(subsets)], found[len(subsets) :], 2)
