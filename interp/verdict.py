@@ -196,7 +196,8 @@ def _circuits(found: Sequence[Any]) -> Iterator[str]:
     """The heads that were found in each model, what base's do in both, and how many the two share."""
     for search in _of(found, "circuit_discovery"):
         s: CircuitDiscoveryResult = search
-        yield f"Searched stage by stage on {_about(s)}: {s.summary().split('; n = ')[0]} (n = {s.n}{'' if 'contexts' in s.n else ' pairs'})."
+        n = s.n if "contexts" in s.n else f"{s.n} pairs"
+        yield f"Searched stage by stage on {_about(s)}: {s.summary().split('; n = ')[0]} (n = {n})."
     for evaluation in _of(found, "circuit_evaluation"):
         e: CircuitEvaluationResult = evaluation
         told = [_kept(e, side) for side in e.sides]
