@@ -80,6 +80,25 @@ def test_every_circuit_in_every_model_against_plain_hooks(world: Any) -> None:
         assert bool(found.random[:, 2].isnan().all()) and not bool(found.random[:, :2].isnan().any())
 
 
+def test_prompts_that_nothing_stands_in_for_are_left_out_and_told(world: Any) -> None:
+    kind, base, tuned, pair = world
+    level = replace(
+        answered(base, tuned),
+        ids=tuple(row[-3:] for row in answered(base, tuned).ids),
+        positions={"S": tuple((i % 2,) for i in range(5))},
+        texts=tuple("abcde"),
+        contexts=tuple("abcde"),
+        tags={"template": ("one", "two", "one", "one", "one")},
+    )
+    most, four = (circuit_transfer(pair, some, *circuits(kind), random_circuits=0) for some in (level, level[[0, 2, 3, 4]]))
+    assert most.full.shape[2] == four.full.shape[2] == 4
+    torch.testing.assert_close(most.circuit, four.circuit, atol=1e-5, rtol=0)
+    said = "1 of 5 prompts left out: no other stands in for them"
+    assert said in most.notes and said in most.summary() and not any("left out" in note for note in four.notes)
+    with pytest.raises(InputError, match="of 2 there are 0"):
+        circuit_transfer(pair, level[:2], *circuits(kind), random_circuits=0)
+
+
 def test_overlap_is_counted_by_role_and_position() -> None:
     pair, prompts = small()
     first, second = circuits("llama")

@@ -12,7 +12,7 @@ from test_contribution import ROWS, SIZES, pair_of, tuco_of, twin
 from tiny_checkpoints import FOUR, saved, tiny
 from tiny_pairs import save_pair
 
-from interp.analyses.tuco import tuco
+from interp.analyses.tuco import _silent, tuco
 from interp.analyses.tuco_components import tuco_components
 from interp.errors import InputError
 from interp.models import HookedModel, ModelPair
@@ -66,6 +66,19 @@ def test_the_numbers_are_the_twins(folder, pair, prompts, result) -> None:
         assert float(result.beta[row]) == pytest.approx(float((b / (a + b)).max()), rel=1e-5)
         assert float(result.by_token[row, len(ids) - 1]) == pytest.approx(float(result.tuco[row]))
     assert float(result.closure.max()) < 1e-6 and result.numerical_floor < 1e-6
+
+
+def test_the_floor_is_of_the_same_prompts_in_another_batch(pair, prompts) -> None:
+    more = tuco(pair, prompts[[0, 1, 2, 3, 1, 0]])
+    assert float((more.tuco - more.tuco[0]).abs().max()) > 1e-3  # so that another prompt in a row's place would be seen
+    assert len(more.floor) == 4 and more.numerical_floor < 1e-6 and "4 of the prompts move by at most" in more.summary()
+
+
+def test_what_a_number_does_not_cover_is_told(result) -> None:
+    assert _silent(torch.tensor([3, -1, 5]), 4) == ("the tuned model ended 1 of 3 answers before their first token, so these have none",)
+    assert _silent(torch.tensor([3, 4]), 4) == () and _silent(torch.tensor([-1, -1]), 0) == ()
+    some = replace(result, base_output=result.base_output.index_fill(0, torch.tensor([1]), torch.nan))
+    assert "of the 3 prompts whose tokens base knows" in some.summary() and "tokens base knows" not in result.summary()
 
 
 def test_a_change_of_one_block_begins_there(result) -> None:
