@@ -434,8 +434,8 @@ class _Run:
             else:
                 with nullcontext() if self.request.store is None else store.keeping(self.request.store):
                     result = step.stamped(function(*inputs, **settings), self.session)
-                if self.request.store is not None:
-                    store.save(result, self.request.store)
+                    if self.request.store is not None:
+                        store.save(result, self.request.store)
         except InputError as error:
             self.miss(Gap(str(step), str(error), failed=not step.row.demanding))
             return None

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 _UNFINISHED: ContextVar[Path | None] = ContextVar("unfinished", default=None)
+_FILES: ContextVar[list[Path] | None] = ContextVar("files", default=None)
 
 
 def progress(items: Iterable[T], desc: str, total: int | None = None, unit: str = "it") -> Iterable[T]:
@@ -24,14 +25,32 @@ def progress(items: Iterable[T], desc: str, total: int | None = None, unit: str 
 
 @contextmanager
 def keeping(folder: Path) -> Iterator[None]:
-    """Long work inside keeps its finished parts in a folder; run again after a kill, it goes on from them."""
-    token = _UNFINISHED.set(folder)
+    """Long work inside keeps its finished parts in a folder; run again after a kill, it goes on from them.
+
+    What ``unfinished_file`` named inside is removed when all of it is done.
+    """
+    files: list[Path] = []
+    tokens = _UNFINISHED.set(folder), _FILES.set(files)
     try:
         yield
+        for file in files:
+            file.unlink(missing_ok=True)
+        if files and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     finally:
-        _UNFINISHED.reset(token)
+        _UNFINISHED.reset(tokens[0])
+        _FILES.reset(tokens[1])
 
 
 def unfinished() -> Path | None:
     """The folder of the finished parts of long work, None where nobody keeps them."""
     return _UNFINISHED.get()
+
+
+def unfinished_file(name: str) -> Path | None:
+    """A file there, until the work around is done; None where nobody keeps it."""
+    folder, files = _UNFINISHED.get(), _FILES.get()
+    if folder is None or files is None:
+        return None
+    files.append(folder / name)
+    return folder / name

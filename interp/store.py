@@ -76,7 +76,7 @@ def cached(function: Analysis[P, R], root: PathLike = ROOT) -> Callable[P, R]:
             return load(folder)  # type: ignore[return-value]
         with keeping(root):
             result = function(*args, **kwargs)
-        save(result, root)
+            save(result, root)
         return result
 
     return call

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_checkpoints import tiny
 
+from interp import progress, store
 from interp.analyses.circuit_evaluation import CircuitEvaluationResult, circuit_evaluation
 from interp.circuit import Circuit
 from interp.errors import InputError
@@ -21,6 +22,7 @@ from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site, parse_sites
 from interp.stats import ratio_of_means
 from interp.sweeps import knockouts as search
+from interp.sweeps import saved
 from interp.sweeps.ablation import Ablations, Knockout
 
 LIGHT: dict[str, Any] = {"completeness_random": 3, "greedy": 1, "greedy_steps": 2, "greedy_candidates": 3, "random_circuits": 3}
@@ -430,3 +432,44 @@ def test_the_same_call_gives_the_same_and_another_seed_other_draws() -> None:
     assert other.subsets[0] != again.subsets[0][:6] and torch.allclose(other.circuit, again.circuit)
     fewer = circuit_evaluation(model, prompts, circuit, **LIGHT | {"completeness_random": 2, "greedy": 0, "roles": ("mover",)})
     assert fewer.labels["subset"] == ("mover", "random 0", "random 1") and fewer.subsets[0][1:] == again.subsets[0][3:5]
+
+
+def test_a_killed_evaluation_goes_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "EVERY", 0.0)
+    inputs = built("shared_head").model, pairs("shared_head"), built("shared_head").circuit
+    want = circuit_evaluation(*inputs, by=by_length("shared_head"), **LIGHT)
+    real, rows = Ablations._runs, []
+
+    def dies(self: Any, knockouts: Any) -> Any:
+        rows.append(len(knockouts))
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+        return real(self, knockouts)
+
+    monkeypatch.setattr(Ablations, "_runs", dies)
+    run = store.cached(circuit_evaluation, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(*inputs, by=by_length("shared_head"), **LIGHT)
+    assert len(list((tmp_path / ".unfinished").iterdir())) == 1
+    before, rows[:] = sum(rows[:2]), [0] * 10
+    got = run(*inputs, by=by_length("shared_head"), **LIGHT)
+    again, rows[:] = sum(rows), [0] * 10
+    assert not (tmp_path / ".unfinished").exists()
+    assert all(torch.equal(getattr(got, f), getattr(want, f)) for f in ("full", "curve", "random", "circuit_without", "before", "after"))
+    circuit_evaluation(*inputs, by=by_length("shared_head"), **LIGHT)
+    assert before and sum(rows) == again + before
+
+
+def test_what_a_killed_evaluation_left_is_for_no_other(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "EVERY", 0.0)
+    monkeypatch.setattr(saved, "_write", lambda file, tensors, metadata: names.append(file.name))
+    names: list[str] = []
+    world = built("shared_head")
+    reader = Metric.parse("logit_diff").reader(pairs("shared_head"))
+    for ablation, seed in (("resample", 0), ("zero", 0), ("mean", 0)):
+        with progress.keeping(tmp_path):
+            by = by_length("shared_head") if ablation == "mean" else None
+            Ablations(world.model, pairs("shared_head"), reader, ablation=ablation, by=by, seed=seed)([Knockout.all_but(())])  # type: ignore[arg-type]
+    with progress.keeping(tmp_path), world.model.patched({Site("mlp_out", 0): torch.zeros(())}):
+        Ablations(world.model, pairs("shared_head"), reader, ablation="zero")([Knockout.all_but(())])
+    assert len(set(names)) == len(names) == 4

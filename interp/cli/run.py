@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with store.keeping(root):
         result = _stamped(function(*inputs, **settings), of, args)
-    print(f"{result.summary()}\nsaved: {store.save(result, root)}")
+        saved = store.save(result, root)
+    print(f"{result.summary()}\nsaved: {saved}")
     return 0
 
 

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +20,7 @@ from interp.progress import progress
 from interp.prompts import PromptPairs, Prompts
 from interp.sites import Site
 from interp.sweeps.plain import baseline, run
+from interp.sweeps.saved import Remembered, digest, identity_of_metric, identity_of_run
 from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class Knockout:
     def of(cls, nodes: Iterable[Site]) -> Knockout:
         """The whole model without some nodes."""
         return cls(frozenset(nodes))
+
+    def __str__(self) -> str:
+        """The same text for the same knockout."""
+        return ("all but " if self.rest else "") + " ".join(sorted(map(str, self.nodes)))
 
 
 class Ablations:
@@ -95,6 +100,12 @@ class Ablations:
         self.model, self.reader, self.group = model, reader, grouped(prompts.contexts)
         self.intact, self.floor = baseline(model, self.batch, reader)
         self._known: dict[Knockout, Tensor] = {}
+        self._kept = Remembered("knockouts", self._identity)
+
+    def _identity(self) -> list[Any]:
+        tables = {site: self.stand_in.table[site] for site in sorted(self.stand_in.table, key=str)}
+        given = [digest(self.stand_in.entry), [[str(site), digest(x)] for site, x in tables.items()]]
+        return [identity_of_run(self.model, self.batch), identity_of_metric(self.reader), given]
 
     def __call__(self, knockouts: Sequence[Knockout], desc: str = "knockouts") -> Float[Tensor, "knockout prompt"]:
         """The metric under each. Where nothing of a prompt is knocked out it is that of the whole model, to the bit.
@@ -102,11 +113,14 @@ class Ablations:
         Raises:
             InputError: a position that the prompts do not name, or a node that cannot be knocked out.
         """
+        self._known |= {k: self._kept.found[str(k)] for k in knockouts if k not in self._known and str(k) in self._kept.found}
         new = [k for k in dict.fromkeys(knockouts) if k not in self._known]
         many = max(1, _ROWS // len(self.batch))
         for at in progress(range(0, len(new), many), desc):
             chunk = new[at : at + many]
-            self._known |= dict(zip(chunk, self._runs(chunk), strict=True))
+            found = dict(zip(chunk, self._runs(chunk), strict=True))
+            self._known |= found
+            self._kept.put({str(k): x for k, x in found.items()})
         return torch.stack([self._known[k] for k in knockouts]) if knockouts else self.intact.new_empty(0, len(self.batch))
 
     def mean(self, values: Float[Tensor, "... prompt"]) -> Float[Tensor, "... context"]:

@@ -1,4 +1,4 @@
-"""The finished cells of a long sweep on disk, from which an interrupted one goes on."""
+"""What long work has finished on disk, from which an interrupted run goes on: cells of sweeps, or tensors by name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp.errors import InputError
 from interp.metrics import Reader
-from interp.progress import unfinished
+from interp.progress import unfinished, unfinished_file
 from interp.sweeps.patches import Patch, Source
 
 if TYPE_CHECKING:
@@ -58,11 +58,8 @@ class Progress:
         self.values[patch, prompt] = values.to(self.values)
         self.done[patch, prompt] = True
         if self.file is not None and time.monotonic() - self._saved >= EVERY:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.file.with_suffix(".part")
             tensors = {"values": self.values.contiguous(), "done": self.done.contiguous()}
-            save_file(tensors, draft, metadata={"identity": self.identity, "why": self.why})
-            os.replace(draft, self.file)
+            _write(self.file, tensors, {"identity": self.identity, "why": self.why})
             self._saved = time.monotonic()
 
     def give_up(self, why: str, prompts: Sequence[int]) -> None:
@@ -76,6 +73,50 @@ class Progress:
             self.file.unlink(missing_ok=True)
             if self.file.parent == unfinished() and self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
                 self.file.parent.rmdir()
+
+
+class Remembered:
+    """Tensors that long work has found, by name; those of an interrupted run of the same work are there from the start.
+
+    Attributes:
+        found: the tensors; add with ``put``.
+    """
+
+    def __init__(self, kind: str, identity: Callable[[], Sequence[Any]]) -> None:
+        """Looks where unfinished work is kept, if anywhere.
+
+        Args:
+            kind: of the work, a word for the file's name.
+            identity: everything that the tensors depend on, as JSON; asked for only where work is kept.
+        """
+        self.found: dict[str, Tensor] = {}
+        self.file: Path | None = None
+        self._saved = time.monotonic()
+        if unfinished() is None:
+            return
+        self.file = unfinished_file(f"{kind}-{hashlib.sha256(json.dumps(list(identity())).encode()).hexdigest()[:32]}.safetensors")
+        if self.file is not None and self.file.exists():
+            try:
+                self.found = load_file(self.file)
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{self.file} is no unfinished work: {e}; remove it to begin anew") from e
+
+    def put(self, found: Mapping[str, Tensor]) -> None:
+        """Add some; saves when it is time."""
+        if self.file is None:
+            return
+        self.found |= {name: x.detach().cpu().contiguous() for name, x in found.items()}
+        if time.monotonic() - self._saved >= EVERY:
+            _write(self.file, self.found, None)
+            self._saved = time.monotonic()
+
+
+def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    """Whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".part")
+    save_file(tensors, draft, metadata=metadata)
+    os.replace(draft, file)
 
 
 def progress_of(size: tuple[int, int], folder: str | Path | None, identity: Sequence[Any]) -> Progress:
@@ -116,25 +157,34 @@ def progress_of(size: tuple[int, int], folder: str | Path | None, identity: Sequ
 def identity_of(model: HookedModel, batch: Batch, patches: Sequence[Patch], source: Source, reader: Reader) -> list[Any]:
     """Everything the values of a sweep depend on, as JSON."""
 
-    def tensor(t: Tensor | None) -> str:
-        if t is None:
-            return ""
-        flat = t.detach().cpu().flatten().contiguous()
-        return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() + str((t.shape, t.dtype)).encode()).hexdigest()
-
-    def of_run(model: HookedModel, batch: Batch) -> list[Any]:
-        # What a patch in force sets is not known here: such a sweep is equal to no other.
-        unknown = sum(len(actions) for _, actions in model._active) - sum(len(edit.activations) for edit in model._edits)
-        positions = {name: batch.positions[name] for name in sorted(batch.positions)}
-        token = secrets.token_hex(16) if unknown else ""
-        return [model.fingerprint, model.active_edits, str(model.dtype), batch.rows(), positions, token]
-
     def of_values(values: Mapping[Any, Tensor]) -> list[list[str]]:
-        return [[str(site), tensor(value)] for site, value in values.items()]
+        return [[str(site), digest(value)] for site, value in values.items()]
 
     return [
-        of_run(model, batch),
-        of_run(*source) if isinstance(source, tuple) else of_values(source),
+        identity_of_run(model, batch),
+        identity_of_run(*source) if isinstance(source, tuple) else of_values(source),
         [of_values(p) if isinstance(p, Mapping) else [str(s) for s in p] for p in patches],
-        [str(reader.metric), reader.metric.name, *(tensor(t) for t in (*vars(reader.targets).values(), reader.columns))],
+        identity_of_metric(reader),
     ]
+
+
+def identity_of_run(model: HookedModel, batch: Batch) -> list[Any]:
+    """Everything that the logits of prompts depend on, as JSON."""
+    # What a patch in force sets is not known here: such a run is equal to no other.
+    unknown = sum(len(actions) for _, actions in model._active) - sum(len(edit.activations) for edit in model._edits)
+    positions = {name: batch.positions[name] for name in sorted(batch.positions)}
+    token = secrets.token_hex(16) if unknown else ""
+    return [model.fingerprint, model.active_edits, str(model.dtype), batch.rows(), positions, token]
+
+
+def identity_of_metric(reader: Reader) -> list[str]:
+    """Everything that a metric of logits depends on."""
+    return [str(reader.metric), reader.metric.name, *(digest(t) for t in (*vars(reader.targets).values(), reader.columns))]
+
+
+def digest(t: Tensor | None) -> str:
+    """Of a tensor's numbers, shape and dtype; "" of none."""
+    if t is None:
+        return ""
+    flat = t.detach().cpu().flatten().contiguous()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() + str((t.shape, t.dtype)).encode()).hexdigest()
