@@ -11,6 +11,7 @@ import torch
 from tiny_checkpoints import FOUR, tiny
 from torch import Tensor, nn
 
+from interp import progress
 from interp.edits import ActivationChange, Edit, WeightChange
 from interp.errors import InputError
 from interp.metrics import Metric, Targets
@@ -433,6 +434,24 @@ def test_a_killed_sweep_goes_on(llama: HookedModel, tmp_path: Path, monkeypatch:
     from_other(llama, patches)
     assert len(calls) - 100 == second + first - 1 and first > 1  # what was finished is not computed again
     assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_of_several_sweeps_those_that_are_whole_are_kept(llama: HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "EVERY", 0.0)
+    first, second = ([Site.parse(p)] for p in ("L0.mlp_out@END", "L1.mlp_out@END"))
+    real, calls = restart.Restart.__call__, []
+    monkeypatch.setattr(restart.Restart, "__call__", lambda self, wave: calls.append(1) or real(self, wave))
+    with pytest.raises(KeyboardInterrupt), progress.keeping(tmp_path / "left"):
+        want = from_other(llama, first)
+        raise KeyboardInterrupt
+    assert calls and len(list((tmp_path / "left").iterdir())) == 1
+    calls.clear()
+    with progress.keeping(tmp_path / "left"):
+        got = from_other(llama, first)
+        assert not calls and torch.equal(got.values, want.values)
+        from_other(llama, second)
+        assert calls and len(list((tmp_path / "left").iterdir())) == 2
+    assert not (tmp_path / "left").exists()
 
 
 def test_a_folder_of_another_sweep_is_refused(llama: HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from interp.models import Batch, HookedModel
 
 EVERY = 20.0
-"""Seconds between two saves; a sweep shorter than that leaves no file."""
+"""Seconds between two saves."""
+
+_LEAST = 2.0  # seconds that a sweep takes for its cells to be kept until the work around it is done
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class Progress:
     file: Path | None = None
     identity: str = ""
     why: str = ""
+    _begun: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
 
     def begin(self, prompts: Sequence[int], base: Tensor) -> None:
@@ -58,9 +61,13 @@ class Progress:
         self.values[patch, prompt] = values.to(self.values)
         self.done[patch, prompt] = True
         if self.file is not None and time.monotonic() - self._saved >= EVERY:
-            tensors = {"values": self.values.contiguous(), "done": self.done.contiguous()}
-            _write(self.file, tensors, {"identity": self.identity, "why": self.why})
-            self._saved = time.monotonic()
+            self._write()
+
+    def _write(self) -> None:
+        assert self.file is not None
+        tensors = {"values": self.values.contiguous(), "done": self.done.contiguous()}
+        _write(self.file, tensors, {"identity": self.identity, "why": self.why})
+        self._saved = time.monotonic()
 
     def give_up(self, why: str, prompts: Sequence[int]) -> None:
         """From now on the plain way, also for what these prompts have already."""
@@ -68,11 +75,11 @@ class Progress:
         self.done[:, list(prompts)] = False
 
     def finish(self) -> None:
-        """Nothing is left to go on with."""
-        if self.file is not None:
+        """All cells are there. Where all unfinished work is kept, so are they, until the work around is done."""
+        if self.file is not None and self.file.parent != unfinished():
             self.file.unlink(missing_ok=True)
-            if self.file.parent == unfinished() and self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
-                self.file.parent.rmdir()
+        elif self.file is not None and time.monotonic() - self._begun >= min(EVERY, _LEAST):
+            self._write()  # other sweeps may follow, and be interrupted
 
 
 class Remembered:
@@ -126,8 +133,7 @@ def progress_of(size: tuple[int, int], folder: str | Path | None, identity: Sequ
         InputError: the folder holds another sweep, or cannot be written.
     """
     values, done = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
-    shared = unfinished()
-    if folder is None and shared is None:
+    if folder is None and unfinished() is None:
         return Progress(values, done)
     digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
     if folder is not None:
@@ -137,21 +143,22 @@ def progress_of(size: tuple[int, int], folder: str | Path | None, identity: Sequ
         except OSError as e:
             raise InputError(f"{folder} cannot be written: {e.strerror}") from e
     else:
-        assert shared is not None
-        file = shared / f"sweep-{digest[:16]}.safetensors"
+        found = unfinished_file(f"sweep-{digest[:32]}.safetensors")
+        assert found is not None
+        file = found
     if not file.exists():
         return Progress(values, done, file, digest)
     try:
         with safe_open(str(file), framework="pt") as held:
             told = held.metadata() or {}
-            found = held.get_tensor("values"), held.get_tensor("done")
+            kept = held.get_tensor("values"), held.get_tensor("done")
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file} is no unfinished sweep: {e}") from e
     if told.get("identity") != digest:
         raise InputError(
             f"{file.parent} holds an unfinished sweep of something else (other model, prompts, patches or metric); choose another"
         )
-    return Progress(*found, file, digest, told.get("why", ""))
+    return Progress(*kept, file, digest, told.get("why", ""))
 
 
 def identity_of(model: HookedModel, batch: Batch, patches: Sequence[Patch], source: Source, reader: Reader) -> list[Any]:
