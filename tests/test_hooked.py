@@ -116,6 +116,17 @@ def test_logits_in_other_precisions(kind, dtype):
     assert difference <= tolerance and model.dtype == dtype
 
 
+def test_a_model_that_makes_much_of_its_rounding_is_not_refused():
+    """Attention so sharp that plain Hugging Face is far from itself when the last place of a number moves."""
+    source = tiny("gpt2", seed=2)
+    with torch.no_grad():
+        for name, p in source.named_parameters():
+            if "c_attn.weight" in name:
+                p.mul_(16)
+    difference, tolerance = logit_difference(HookedModel.load(source))  # would be refused at 8 eps of the largest logit
+    assert 0 < difference <= tolerance and tolerance > 8 * EPS * source(torch.tensor([[3, 10, 17]])).logits.abs().max()
+
+
 @pytest.mark.parametrize("kind", FOUR)
 def test_unequal_prompts_in_fp32(kind):
     model = HookedModel.load(tiny(kind))
