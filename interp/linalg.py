@@ -19,9 +19,9 @@ _FORMATS = {torch.float64: (52, -1022), torch.float32: (23, -126), torch.bfloat1
 class SVD(NamedTuple):
     """Factors with ``matrix = U @ diag(S) @ Vh``; only the strongest components where a rank was asked for."""
 
-    U: Float[Tensor, "rows rank"]
-    S: Float[Tensor, " rank"]
-    Vh: Float[Tensor, "rank cols"]
+    U: Float[Tensor, "*batch rows rank"]
+    S: Float[Tensor, "*batch rank"]
+    Vh: Float[Tensor, "*batch rank cols"]
 
 
 def norm(x: Tensor) -> float:
@@ -76,6 +76,25 @@ def svd_of_product(left: Float[Tensor, "rows rank"], right: Float[Tensor, "rank 
     p, t = torch.linalg.qr(right.double().T)
     u, s, vh = torch.linalg.svd(r @ t.T)
     return SVD(q @ u, s, vh @ p.T)
+
+
+def svd_of_products(left: Float[Tensor, "*#batch rows rank"], right: Float[Tensor, "*#batch rank cols"]) -> SVD:
+    """``svd_of_product`` of many pairs of factors at once, in their own dtype: U [.. rows rank], S [.. rank], Vh [.. rank cols].
+
+    Errors are of the order of eps * ||left|| * ||right||, however ill-conditioned the factors are. A factor that pairs share may have
+    an axis of size 1, and is then taken apart once.
+    """
+    q, r = torch.linalg.qr(left)
+    p, t = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r @ t.mT, full_matrices=False)
+    return SVD(q @ u, s, vh @ p.mT)
+
+
+def signed(factors: SVD) -> SVD:
+    """The same product with signs that are unique: the largest entry of each row of ``Vh`` is positive."""
+    at = factors.Vh.abs().argmax(-1, keepdim=True)
+    sign = torch.where(factors.Vh.gather(-1, at) < 0, -1.0, 1.0).to(factors.Vh)
+    return SVD(factors.U * sign.mT, factors.S, factors.Vh * sign)
 
 
 def singular_values(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, " rank"]:
@@ -156,6 +175,34 @@ def energy_inside(delta: Float[Tensor, "rows cols"], basis: Float[Tensor, "rows 
     """Share of ||delta||^2 inside the column space of an orthonormal basis; NaN for a zero delta. Chance is rank / rows."""
     total = norm(delta) ** 2
     return norm(basis.T @ delta) ** 2 / total if total else math.nan
+
+
+# ---- subspaces
+
+
+def principal_angles(a: Float[Tensor, "*batch rows rank"], b: Float[Tensor, "*batch rows rank"]) -> Float[Tensor, "*batch rank"]:
+    """Angles between the column spaces of orthonormal bases, in radians, smallest first; exactly 0 for equal bases.
+
+    Small angles come from their sines and large ones from their cosines (Knyazev & Argentati 2002), each where it is exact.
+    """
+    shared = a.mT @ b
+    cos = torch.linalg.svdvals(shared).clamp(max=1)
+    sin = torch.linalg.svdvals(b - a @ shared).clamp(max=1).flip(-1)
+    angles = torch.where(cos.square() > 0.5, sin.asin(), cos.acos())
+    return torch.where((a == b).all(-1).all(-1, keepdim=True), 0.0, angles)
+
+
+def subspace_overlap(angles: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
+    """Mean squared cosine of principal angles: 1 for the same subspace, rank / rows for random ones; NaN angles are left out."""
+    return angles.cos().square().nanmean(-1)
+
+
+def product_change(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> Float[Tensor, "*batch"]:
+    """||new_left @ new_right - left @ right|| (Frobenius) from the factors' changes, without forming the products; exactly 0 for none."""
+    d, e = new_left - left, new_right - right
+    both = (d.mT @ left) * (new_right @ e.mT)  # <d new_right, left e>, entry by entry of [rank, rank]
+    squares = (d.mT @ d) * (new_right @ new_right.mT) + 2 * both + (left.mT @ left) * (e @ e.mT)
+    return squares.sum((-2, -1)).clamp(min=0).sqrt()
 
 
 # ---- rounding

@@ -26,6 +26,7 @@ LAYERS = {
             "plots",
             "results",
             "linalg",
+            "directions",
             "stats",
             "provenance",
             "fields",

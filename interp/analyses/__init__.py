@@ -15,6 +15,10 @@ from interp.names import unknown
 ANALYSES = (
     "pair_check",
     "weight_delta",
+    "head_svd",
+    "composition",
+    "intruder_dimensions",
+    "intruder_scaling",
     "token_divergence",
     "task_accuracy",
     "activation_patching",

@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise InputError(f"{name}: {int((~torch.isfinite(p)).sum())} of {p.numel()} entries of {key} are NaN or infinite")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PEFT is told about names of transformers that will change, about which a user can do nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     """A model with an adapter's change added in fp32; it shares every tensor that the adapter leaves alone.
 
@@ -184,7 +193,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
     merged: Any = structure_copy(model)
     _own_parameters(merged, adapter.replaced.keys())
     try:
-        wrapped: Any = PeftModel.from_pretrained(merged, str(folder), is_trainable=False)
+        with _quiet():
+            wrapped: Any = PeftModel.from_pretrained(merged, str(folder), is_trainable=False)
     except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:
         raise InputError(f"the adapter {folder} does not fit the base: {' '.join(str(e).split())[:300]}") from e
     layers = {name.removeprefix("base_model.model."): m for name, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -196,7 +206,8 @@ def merge_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
         base: Any = layer.get_base_layer()
         # A tensor of its own: merging writes in place, and the base shares this one.
         base.weight = nn.Parameter(base.weight.detach().to(_wide(base.weight), copy=True), requires_grad=False)
-    merged = wrapped.merge_and_unload()
+    with _quiet():
+        merged = wrapped.merge_and_unload()
     named = {weights.bare(key): p for key, p in merged.named_parameters(remove_duplicate=False)}
     adapted = {weights.bare(f"{name}.weight") for name in layers}
     for key, tensor in adapter.replaced.items():

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -59,6 +59,8 @@ class _Family:
     layer: Mapping[str, tuple[tuple[str, ...], str]]
     top: Mapping[str, tuple[tuple[str, ...], str]]
     parallel: bool | str = False  # or the config's field that says so
+    centred: bool = True  # norms subtract the mean (LayerNorm)
+    gain_offset: float = 0.0  # what is added to stored gains
     where: dict[str, tuple[str, int]] = field(default_factory=dict)  # component -> (module, index)
 
     def __post_init__(self) -> None:
@@ -88,10 +90,18 @@ _LLAMA_TOP = {"embed_tokens": (("W_E",), _ROWS), **_norms(ln_final="norm"), **_l
 _GPT_TOP = {"wte": (("W_E",), _ROWS), "wpe": (("W_pos",), _ROWS), **_norms(ln_final="ln_f"), **_linear(W_U="lm_head")}
 _GPT_NORMS = _norms(ln1="ln_1", ln2="ln_2")
 
-_LLAMA = _Family("layers", {**_SEPARATE, **_GATED, **_PRE_NORMS}, _LLAMA_TOP)
-_LIKE_LLAMA = ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Gemma", "Granite", "Olmo", "SmolLM3")
-_GEMMA2 = _Family("layers", {**_SEPARATE, **_GATED, **_norms(ln1="input_layernorm", ln2="pre_feedforward_layernorm")}, _LLAMA_TOP)
-_OLMO2 = _Family("layers", {**_SEPARATE, **_GATED}, _LLAMA_TOP)  # norms after the sublayers: no ln1, no ln2
+_LLAMA = _Family("layers", {**_SEPARATE, **_GATED, **_PRE_NORMS}, _LLAMA_TOP, centred=False)
+_GEMMA = replace(_LLAMA, gain_offset=1.0)
+_LIKE_LLAMA = ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Granite", "SmolLM3")
+_GEMMA2 = _Family(
+    "layers",
+    {**_SEPARATE, **_GATED, **_norms(ln1="input_layernorm", ln2="pre_feedforward_layernorm")},
+    _LLAMA_TOP,
+    centred=False,
+    gain_offset=1.0,
+)
+_OLMO = replace(_LLAMA, centred=True)  # a LayerNorm without gain and bias
+_OLMO2 = _Family("layers", {**_SEPARATE, **_GATED}, _LLAMA_TOP, centred=False)  # norms after the sublayers: no ln1, no ln2
 
 FAMILIES: dict[str, _Family] = {
     "GPT2LMHeadModel": _Family(
@@ -171,10 +181,13 @@ FAMILIES: dict[str, _Family] = {
             **_PRE_NORMS,
         },
         _LLAMA_TOP,
+        centred=False,
     ),
     "Starcoder2ForCausalLM": _Family("layers", {**_SEPARATE, **_linear(W_in="mlp.c_fc", W_out="mlp.c_proj"), **_PRE_NORMS}, _LLAMA_TOP),
     "StableLmForCausalLM": _Family("layers", _LLAMA.layer, _LLAMA_TOP, parallel="use_parallel_residual"),
     **dict.fromkeys((f"{name}ForCausalLM" for name in _LIKE_LLAMA), _LLAMA),
+    "GemmaForCausalLM": _GEMMA,
+    "OlmoForCausalLM": _OLMO,
     **dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM"), _GEMMA2),
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM"), _OLMO2),
 }
@@ -189,6 +202,16 @@ def bare(name: str) -> str:
     """
     name = _PREFIX.sub("", name)
     return "lm_head" + name.removeprefix("embed_out") if name.startswith("embed_out.") else name
+
+
+def centred(shape: Shape) -> bool:
+    """Whether the norms subtract the mean (LayerNorm), so that nothing reads the stream's mean."""
+    return FAMILIES[shape.architecture].centred if known(shape) else False
+
+
+def gain_offset(shape: Shape) -> float:
+    """What the norms add to their stored gains; 1 in Gemma."""
+    return FAMILIES[shape.architecture].gain_offset if known(shape) else 0.0
 
 
 def known(shape: Shape) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class _Layout:
     tall: float
 
 
-def layered_graph(circuit: Circuit, title: str = "") -> go.Figure:
+def layered_graph(circuit: Circuit, title: str = "", labels: Mapping[Edge, str] | None = None) -> go.Figure:
     """Nodes by layer and position, coloured by role; edges as wide and dark as their score is large.
 
     Only layers with nodes have a row. Edges of negative score are dotted; without scores all are alike. Hollow nodes are no part
@@ -54,6 +54,7 @@ def layered_graph(circuit: Circuit, title: str = "") -> go.Figure:
     Args:
         circuit: what is drawn.
         title: plain text.
+        labels: a few characters to stand on an edge.
     """
     arrows = [(edge, edge.sender, reader) for edge in circuit.edges for reader in _readers(circuit, edge)]
     parts = list(dict.fromkeys([*circuit.nodes, *(end for _, *ends in arrows for end in ends)]))
@@ -74,6 +75,11 @@ def layered_graph(circuit: Circuit, title: str = "") -> go.Figure:
     made.update_layout(showlegend=True, legend=dict(orientation="v", x=1.01, y=1, yanchor="top"), hovermode="closest")
     for (_, left), (right, _) in itertools.pairwise(layout.columns.values()):
         made.add_vline(x=(left + right) / 2, line=dict(color=LINE, width=1, dash="dot"), layer="below")
+    for i, (edge, *ends) in enumerate(arrow for arrow in arrows if arrow[0] in (labels or {})):
+        # Not all half way, where neighbours would cover each other.
+        x, y = _way(layout, edge.receiver.component, *ends)[_HALF + (-4, 0, 4)[i % 3]]
+        look = dict(showarrow=False, font=dict(size=10), bgcolor=faint(PAPER, 0.85), borderpad=1)
+        made.add_annotation(x=x, y=y, text=escape((labels or {})[edge]), **look)
     return made
 
 
