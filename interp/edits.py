@@ -2,8 +2,8 @@
 
 Weight changes add a (low-rank or dense) delta to a weight; activation changes set, add to, scale,
 project or overwrite attention rows at a site; ``attention_edit`` sets or blocks what heads attend to at named positions,
-which may differ from prompt to prompt. ``with model.edited(edit)`` applies one and leaves
-the model as it was; ``edit.scaled(g)`` and ``a + b`` make new edits; ``save`` and ``load`` use JSON and
+which may differ from prompt to prompt; ``ChannelChange`` moves what heads send to some receivers only. ``with model.edited(edit)``
+applies one and leaves the model as it was; ``edit.scaled(g)`` and ``a + b`` make new edits; ``save`` and ``load`` use JSON and
 safetensors.
 """
 
@@ -234,7 +234,67 @@ def attention_edit(
     return Edit(tuple(changes), name)
 
 
-Change = WeightChange | ActivationChange | AttentionChange
+@dataclass(frozen=True, eq=False)
+class ChannelChange:
+    """A change of what heads send along directions, for some receivers only: all else reads what the heads write.
+
+    A head writes ``c v`` along a unit vector v, with c = (z @ W_O) . v of the very run. Each receiver reads, through its own norm, a
+    copy of the stream to which ``(gain - 1) c + to`` times v is added, for all senders together.
+
+    Attributes:
+        senders: ``result`` of one head each, at a position or all.
+        directions: the unit vectors, [sender d_model].
+        gain: what each coefficient is multiplied by.
+        to: what is then added to it.
+        receivers: ``q``, ``k`` or ``v`` of heads in later layers; without a head all of the layer; k and v count key/value heads.
+        at: during generation: the prompt's positions, the new tokens, or both.
+        strength: 1 is the full change, 0 none; what ``scaled`` multiplies.
+    """
+
+    senders: tuple[Site, ...]
+    directions: Tensor
+    gain: tuple[float, ...]
+    to: tuple[float, ...]
+    receivers: tuple[Site, ...]
+    at: When = "all"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no way from a head to a later one."""
+        n = len(self.senders)
+        if not n or not self.receivers:
+            raise InputError("a change of channels needs at least one sender and one receiver, such as L8H10.result and L9H6.q")
+        if self.directions.ndim != 2 or len(self.directions) != n or (len(self.gain), len(self.to)) != (n, n):
+            came = f"directions {tuple(self.directions.shape)}, {len(self.gain)} gains and {len(self.to)} values"
+            raise InputError(f"{n} senders need a direction, a gain and a value each, but there are {came}")
+        if bool(((self.directions.double().norm(dim=1) - 1).abs() > 1e-4).any()):
+            raise InputError(f"directions of channels are unit vectors, but their norms are {self.directions.norm(dim=1).tolist()}")
+        if self.at not in _WHEN:
+            raise InputError(f"at={self.at!r} is not one of {', '.join(_WHEN)}")
+        for sender in self.senders:
+            if sender.component != "result" or sender.head is None:
+                raise InputError(f"{sender} does not send along a channel; senders are heads such as L8H10.result@END")
+        for receiver in self.receivers:
+            if receiver.component not in ("q", "k", "v") or receiver.position is not None:
+                raise InputError(f"{receiver} does not receive a channel; receivers are q, k or v of heads, without a position: L9H6.q")
+            for sender in self.senders:
+                if not _layer(sender) < _layer(receiver):
+                    raise InputError(f"{receiver} is not later than {sender}: a head reads what heads of earlier layers have written")
+        for i, one in enumerate(self.receivers):
+            alike = (r for r in self.receivers[:i] if replace(r, head=None) == replace(one, head=None))
+            if any(r.head == one.head or None in (r.head, one.head) for r in alike):
+                raise InputError(f"{one} is named twice among the receivers {', '.join(map(str, self.receivers))}")
+
+    def scaled(self, g: float) -> ChannelChange:
+        """The change applied ``g`` times as strongly: coefficients go ``g`` times as far."""
+        return replace(self, strength=self.strength * g)
+
+
+def _layer(site: Site) -> int:
+    return site.layer or 0
+
+
+Change = WeightChange | ActivationChange | AttentionChange | ChannelChange
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +310,7 @@ class Edit:
         return tuple(c for c in self.changes if isinstance(c, WeightChange))
 
     @property
-    def activations(self) -> tuple[ActivationChange | AttentionChange, ...]:
+    def activations(self) -> tuple[ActivationChange | AttentionChange | ChannelChange, ...]:
         """The changes of activations, attention among them."""
         return tuple(c for c in self.changes if not isinstance(c, WeightChange))
 
@@ -284,6 +344,11 @@ class Edit:
                     tensors[f"{i}.right"] = change.right
             elif isinstance(change, AttentionChange):
                 rows.append({"type": "attention", **asdict(change), "strength": float(change.strength)})
+            elif isinstance(change, ChannelChange):
+                names = {"senders": list(map(str, change.senders)), "receivers": list(map(str, change.receivers))}
+                numbers = {"gain": list(map(float, change.gain)), "to": list(map(float, change.to)), "strength": float(change.strength)}
+                rows.append({"type": "channel", **names, **numbers, "at": change.at})
+                tensors[f"{i}.directions"] = change.directions
             else:
                 row = {
                     "type": "activation",
@@ -324,6 +389,9 @@ class Edit:
                 if row["type"] == "attention":
                     changes.append(_attention(row))
                     continue
+                if row["type"] == "channel":
+                    changes.append(_channel(row, tensors[f"{i}.directions"]))
+                    continue
                 site = Site.parse(row["site"])
                 if row["type"] == "weight":
                     changes.append(WeightChange(site, tensors[f"{i}.left"], tensors.get(f"{i}.right")))
@@ -343,3 +411,10 @@ def _attention(row: dict[str, Any]) -> AttentionChange:
     """What ``save`` wrote of it."""
     weights = None if row["weights"] is None else tuple(map(float, row["weights"]))
     return AttentionChange(row["heads"], row["query"], tuple(row["keys"]), row["kind"], weights, row["at"], float(row["strength"]))
+
+
+def _channel(row: dict[str, Any], directions: Tensor) -> ChannelChange:
+    """What ``save`` wrote of it."""
+    senders, receivers = (tuple(map(Site.parse, row[name])) for name in ("senders", "receivers"))
+    gain, to = (tuple(map(float, row[name])) for name in ("gain", "to"))
+    return ChannelChange(senders, directions, gain, to, receivers, row["at"], float(row["strength"]))

@@ -22,8 +22,14 @@ ARTEFACTS = ("Circuit", "Factors", "Capture", "Result")
 HEAVY = {"n": 6, "resamples": 20, "draws": 2, "sites": ("resid_pre", "z")}
 """Settings that are turned down where an analysis has them."""
 
-ASKED = {"circuit_repair": "ioi"}
+ASKED = {"circuit_repair": "ioi", "channel_effects": "ioi", "channel_steering": "laundry_list"}
 """Analyses whose prompts must be of a task: they need options, and where these stand."""
+
+REQUIRED = {
+    "channel_effects": {"senders": "L0H0", "movers": "L1H0", "rank": 2},
+    "channel_steering": {"channels": "L0H0.0", "mover": "L1H0", "grid": 2},
+}
+"""Settings without a default."""
 
 CIRCUITS = {"circuit.json": {"inhibition": "L1H0.z@END", "mover": "L2H3.z@END"}, "other.json": {"mover": ("L2H1.z@END", "L2H3.z@END")}}
 
@@ -78,7 +84,8 @@ def results(inputs):
 
 
 def _light(name: str) -> dict[str, object]:
-    return {p.name: HEAVY[p.name] for p in signature(name).settings if p.name in HEAVY and (p.name != "sites" or "tuple" in p.names)}
+    down = {p.name: HEAVY[p.name] for p in signature(name).settings if p.name in HEAVY and (p.name != "sites" or "tuple" in p.names)}
+    return REQUIRED.get(name, {}) | down
 
 
 @pytest.mark.parametrize("name", ANALYSES)

@@ -17,6 +17,8 @@ ANALYSES = (
     "weight_delta",
     "head_svd",
     "composition",
+    "channel_effects",
+    "channel_steering",
     "intruder_dimensions",
     "intruder_scaling",
     "token_divergence",

@@ -11,18 +11,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.edits import ActivationChange, AttentionChange, Edit, WeightChange
+from interp.edits import ActivationChange, AttentionChange, ChannelChange, Edit, WeightChange
 from interp.errors import InputError
 from interp.models import weights
 from interp.models.attention import attention
 from interp.models.checkpoint import has_tokenizer
 from interp.models.interventions import Action, Entry, Ledger, Part, Write, setter
+from interp.models.received import channel
 from interp.models.running import Running
 from interp.sites import Site
 
 
 class Editing(Running):
     """The verbs that change."""
+
+    adapter: Path | None
 
     def run_on(self, layer: int, resid: Float[Tensor, "prompt pos d_model"], prompts: Any, *, at: str | int | None = None) -> Tensor:
         """Logits when the residual stream entering ``layer`` is ``resid``: blocks before it are not computed.
@@ -103,10 +106,12 @@ class Editing(Running):
         if any(e.fired for e in ledger.entries):
             ledger.check()
 
-    def _action(self, change: ActivationChange | AttentionChange, ledger: Ledger) -> Action:
+    def _action(self, change: ActivationChange | AttentionChange | ChannelChange, ledger: Ledger) -> Action:
         """What carries a change out, with its rows in the ledger."""
         if isinstance(change, AttentionChange):
             return attention(change, self.wrapped, ledger)
+        if isinstance(change, ChannelChange):
+            return channel(change, self, ledger)
         entry = Entry(self.sites(change.site)[0])
         ledger.entries.append(entry)
         return Write(change.site, _applier(change), change.at, entry)
@@ -170,9 +175,11 @@ class Editing(Running):
         """Write a Hugging Face folder (safetensors, config, tokenizer), with the edits in force and ``edit`` applied to the weights.
 
         Raises:
-            InputError: an edit that changes activations, which no checkpoint can hold.
+            InputError: an edit that changes activations, which no checkpoint can hold; the folder that the model came from.
         """
         folder = Path(folder)
+        if folder.resolve() in self._origins():
+            raise InputError(f"{folder} is where {self.name} itself comes from and would be overwritten; save it into another folder")
         if any(e.activations for e in [*self._edits, *([edit] if edit else [])]):
             raise InputError("an edit of activations cannot be saved in a checkpoint; save it with edit.save(folder)")
         with self.edited(edit) if edit is not None else nullcontext():
@@ -188,6 +195,12 @@ class Editing(Running):
         if self._tokenizer is not None or (self.checkpoint is not None and has_tokenizer(self.checkpoint.path)):
             self.tokenizer.save_pretrained(folder)
         return folder
+
+    def _origins(self) -> set[Path]:
+        """The folders that this model was read from."""
+        source = getattr(self.wrapped.source, "name_or_path", "")
+        found = [self.checkpoint.path if self.checkpoint is not None else None, self.adapter, Path(source) if source else None]
+        return {path.resolve() for path in found if path is not None and path.exists()}
 
 
 def _applier(change: ActivationChange) -> Callable[[Tensor, Part], Tensor]:
