@@ -101,10 +101,15 @@ class Ranking:
     Attributes:
         scores: head at a position -> its score, of every head that could have the role, taken or not.
         chosen: the heads that were taken.
+        sends: what heads of this role send to, back from the logits, as ``logits.q``: by this, roles of two searches can be
+            matched whatever they are called. "" where the search does not say.
+        sign: heads that support the answer, oppose it, or both; "" where the search does not say.
     """
 
     scores: Mapping[Site, float]
     chosen: tuple[Site, ...] = ()
+    sends: str = ""
+    sign: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is no head, and bring all into one order."""
@@ -116,6 +121,26 @@ class Ranking:
         scores = {site: float(self.scores[site]) for site in sorted(self.scores, key=_key)}
         object.__setattr__(self, "scores", MappingProxyType(scores))
         object.__setattr__(self, "chosen", tuple(sorted(set(self.chosen), key=_key)))
+
+
+def circuit_of(given: object, what: str, side: str | None = None) -> Circuit:
+    """A circuit, or that of a result which found one.
+
+    Args:
+        given: either; of a result of a pair the circuit of ``side``, by default of the tuned model.
+        what: who asks for it, for the message.
+        side: which model.
+
+    Raises:
+        InputError: it is neither, or the result has no such model.
+    """
+    found = given if isinstance(given, Circuit) else getattr(given, "circuit", None)
+    if callable(found):
+        found = found(side) if side is not None else found()
+    if isinstance(found, Circuit):
+        return found
+    hint = "; Circuit.load reads a file" if isinstance(given, str | Path) else ""
+    raise InputError(f"{what} is a {type(given).__name__}, expected a Circuit, or a result that found one{hint}")
 
 
 @dataclass(frozen=True)
@@ -303,7 +328,11 @@ class Circuit:
             return {**more, **({"score": self.scores[part]} if part in self.scores else {})}
 
         ranked = {
-            role: {"scores": {str(s): x for s, x in ranking.scores.items()}, "chosen": [str(s) for s in ranking.chosen]}
+            role: {
+                "scores": {str(s): x for s, x in ranking.scores.items()},
+                "chosen": [str(s) for s in ranking.chosen],
+                **{name: told for name, told in (("sends", ranking.sends), ("sign", ranking.sign)) if told},
+            }
             for role, ranking in self.rankings.items()
         }
         return {
@@ -385,7 +414,8 @@ def _rankings(body: Any) -> dict[str, Ranking]:
         if not all(isinstance(text, str) for text in got["chosen"]):
             raise InputError(f"chosen of the ranking {role} are texts such as L0H1.z@S2")
         scores = {Site.parse(text): _entries(got["scores"], f"the ranking {role}", {text: float})[text] for text in got["scores"]}
-        found[role] = Ranking(scores, tuple(Site.parse(text) for text in got["chosen"]))
+        told = _entries({"sends": "", "sign": "", **row}, f"the ranking {role}", {"sends": str, "sign": str})
+        found[role] = Ranking(scores, tuple(Site.parse(text) for text in got["chosen"]), told["sends"], told["sign"])
     return found
 
 

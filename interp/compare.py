@@ -51,6 +51,16 @@ def _crossing(pairs: Any) -> dict[str, Any]:
     return _patching(pairs) | {"direction": "tuned_to_base", "control": 3}
 
 
+def _transferring(pairs: Any) -> dict[str, Any]:
+    """A few random circuits."""
+    return _patching(pairs) | {"random_circuits": 3}
+
+
+def _blocking(pairs: Any) -> dict[str, Any]:
+    """One random token beside each that is blocked."""
+    return _patching(pairs) | {"control": 1}
+
+
 SEARCHED = {"quick": 24, "normal": 64, "full": 200}
 """Prompts on which circuits are searched; fewer leave most heads within noise."""
 
@@ -116,11 +126,42 @@ PLAN = (
     ),
     Row("circuit_overlap", "two circuits", SEARCHED, lambda s: Work(saved=2**14), demanding=True),
     Row(
+        "circuit_transfer",
+        "both circuits",
+        {"quick": 12, "normal": 32, "full": 100},
+        lambda s: Work(tokens=50 * s.prompts * s.length, saved=500 * s.prompts),
+        settings=_transferring,
+        demanding=True,
+    ),
+    Row(
         "cmap",
         "tuned circuit",
         {"quick": 48, "normal": 128, "full": 400},
         lambda s: Work(tokens=15 * s.prompts * s.length, saved=250 * s.prompts),
         settings=_crossing,
+        demanding=True,
+    ),
+    Row(
+        "attention_knockout",
+        "best task",
+        {"normal": 16, "full": 64},
+        lambda s: Work(tokens=12 * s.prompts * s.length * s.layers * s.places, saved=24 * s.prompts * s.layers * s.places),
+        settings=_blocking,
+        demanding=True,
+    ),
+    Row(
+        "dcm",
+        "variables",
+        {"normal": 96, "full": 400},
+        lambda s: Work(tokens=40 * s.prompts * s.length, saved=100 * s.prompts),
+        demanding=True,
+        alone=True,
+    ),
+    Row(
+        "cross_dcm",
+        "variables",
+        {"normal": 96, "full": 400},
+        lambda s: Work(tokens=40 * s.prompts * s.length, saved=100 * s.prompts),
         demanding=True,
     ),
     Row(
@@ -261,7 +302,13 @@ class _Run:
         pair = self.session.pair(self.request.base, tuned)
         if self.request.prompts is not None:  # prompts that cannot be used are said before anything is computed
             self.session.prompts(self.request.prompts, pair)
-        plan = [(row, self.steps(row, tuned)) for row in PLAN if not self.request.only or row.analysis in self.request.only]
+        wanted = [row for row in PLAN if not self.request.only or row.analysis in self.request.only]
+        plan = [(row, self.steps(row, tuned)) for row in wanted if row.at(self.request.effort)]
+        for row in wanted if self.request.only else ():
+            if not row.at(self.request.effort):
+                self.miss(
+                    Gap(row.analysis, f"it is part of effort {' and '.join(row.prompts)}, not of {self.request.effort}", failed=False)
+                )
         self.speed = cache(lambda: Speed.of(pair) if any(row.source for row, _ in plan) else Speed(0.0, Speed.pass_over(pair)))
         self.announce(pair.name, [step for row, steps in plan for step in (self.likely(steps) if row.chosen else steps)])
         found: list[Result] = []
@@ -290,7 +337,8 @@ class _Run:
         """One step per task that may be the best one; which circuits were found is known later."""
         if row.source == "two circuits":
             return [Step(row, self.request.base, tuned)]
-        made = [Step(row, self.request.base, tuned, on, n) for on in self.tasks]  # of a file there are no fresh prompts
+        asked = [on for on in self.tasks if row.source != "variables" or _of_variables(on)]
+        made = [Step(row, self.request.base, tuned, on, n) for on in asked]  # of a file there are no fresh prompts
         return [s for s in made if self.paired(s)]
 
     def sets(self, tuned: Any, n: int) -> list[str]:
@@ -362,27 +410,33 @@ class _Run:
     def with_circuits(self, row: Row, steps: Sequence[Step], search: Any) -> list[Step]:
         """The step with the circuits that a search found; none where it found none, or where there are no fresh prompts."""
         if search is None:
-            if not any(gap.what.startswith("circuit_discovery") for gap in self.gaps):  # else that one says why
+            if steps and not any(gap.what.startswith("circuit_discovery") for gap in self.gaps):  # else that one says why
                 self.miss(Gap(row.analysis, "it takes what circuit_discovery finds, which was not run", failed=False))
             return []
         found = {side: search.circuit(side) for side in search.sides}
-        one = {"circuit": "tuned" if row.source == "tuned circuit" else "base"}
-        names = {"a": "base", "b": "tuned"} if row.source == "two circuits" else one
+        names = _SIDES.get(row.source or "", {"circuit": "tuned"})
         if empty := [side for side in names.values() if not found[side].nodes]:
             self.miss(Gap(row.analysis, f"no heads were found in {' and '.join(empty)}", failed=False))
             return []
         circuits = {name: (found[side], self.written(found[side])) for name, side in names.items()}
         if row.source == "two circuits":
             return [replace(step, circuits=circuits) for step in steps]
-        asked = [replace(step, circuits=circuits) for step in steps if step.on == search.meta.inputs[0].get("task")]
-        for step in asked[:1]:
-            for seed in range(1, 9):
-                fresh: Any = self.session.prompts(step.on, self.session.pair(step.base, step.tuned), step.n, seed)
-                if not set(fresh.contexts) & set(search.contexts):
-                    return [replace(step, seed=seed)]
-        why = "no other prompts than those the circuit was found on; it needs fresh ones"
-        self.miss(Gap(row.analysis, why, failed=False))
-        return []
+        asked = [replace(step, circuits=circuits) for step in steps if step.on == search.meta.inputs[0].get("task")][:1]
+        if row.source == "variables":
+            asked = [replace(step, on=on) for step in asked for on in _of_variables(step.on)]
+        made = [step for step in (self.fresh(step, search.contexts) for step in asked) if step is not None]
+        if not made and steps:
+            why = "no other prompts than those the circuit was found on; it needs fresh ones"
+            self.miss(Gap(row.analysis, why, failed=False))
+        return made
+
+    def fresh(self, step: Step, seen: Sequence[str]) -> Step | None:
+        """The step with prompts of contexts that were not seen; None where there are none."""
+        for seed in range(1, 9):
+            fresh: Any = self.session.prompts(step.on, self.session.pair(step.base, step.tuned), step.n, seed)
+            if not set(fresh.contexts) & set(seen):
+                return replace(step, seed=seed)
+        return None
 
     def written(self, circuit: Any) -> str:
         """The file of a circuit, so that a command can name it; nothing where nothing is kept."""
@@ -517,6 +571,25 @@ class _Run:
         names = " and ".join(dict.fromkeys(found[-1]["name"] for found in models))
         title = f"What fine-tuning changed: {models[0][0]['name']} → {names}" if models else "What fine-tuning changed"
         return write_report(self.results, self.request.page, title=title, verdict=told, warnings=known, plan=[str(g) for g in self.gaps])
+
+
+_SIDES: dict[str, dict[str, str]] = {
+    "circuit": {"circuit": "base"},
+    "two circuits": {"a": "base", "b": "tuned"},
+    "both circuits": {"circuit_base": "base", "circuit_tuned": "tuned"},
+}
+"""Whose circuit an input takes; that of tuned where nothing is said."""
+
+
+def _of_variables(on: str) -> list[str]:
+    """A task asked for each variable that a counterfactual of it may carry over; none where it has no such."""
+    from interp.tasks import task
+
+    try:
+        asked: Any = task(on)
+    except InputError:
+        return []  # its own step says why
+    return [str(replace(asked, corrupt=name)) for name in getattr(asked, "variables", ()) if name != "label" or asked.n_boxes > 2]
 
 
 def _at_most(n: int, *on: str) -> int:

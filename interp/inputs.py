@@ -129,9 +129,25 @@ def stamp(
         file, count = (x.get(entry["parameter"]) if isinstance(x, Mapping) else x for x in (prompts, n))
         if file and not entry["text"] and not entry.get("task"):
             entry |= {"text": file} | ({} if count is None else {"n": count})
+            if (place := resolved(str(file))) != file:
+                entry["path"] = place  # so that it is found again from anywhere
     if loading.bos != "auto":
         result.meta.notes["bos"] = loading.bos
     return result
+
+
+def resolved(written: str) -> str:
+    """What was written for prompts, a circuit or factors, with the full paths of the files and results that it names."""
+
+    def full(part: str) -> str:
+        name, colon, side = part.rpartition(":")
+        for path, rest in ((part, ""), (name, colon + side)):  # DIR:base is the circuit of one model
+            place = Path(path).expanduser()
+            if path and (place.is_file() or any((place / page).is_file() for page in ("result.json", "index.json"))):
+                return f"{place.resolve()}{rest}"
+        return part
+
+    return full(written) if AND not in written or Path(written).exists() else AND.join(map(full, written.split(AND)))
 
 
 def _prompts(written: str, model: Any, n: int | None, seed: int) -> Any:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from interp.models import HookedModel, ModelPair
     from interp.results import Result
 
-OF_CIRCUITS = ("circuit", "tuned circuit", "two circuits")
+Source = Literal[
+    "text", "task", "best task", "sets", "against text", "circuit", "tuned circuit", "two circuits", "both circuits", "variables"
+]
+OF_CIRCUITS = ("circuit", "tuned circuit", "two circuits", "both circuits", "variables")
 """Sources that take what circuit_discovery found."""
 
 _SECONDS_PER_WEIGHT = 2e-8  # read, subtracted and factorised on one core
@@ -73,21 +76,28 @@ class Row:
             ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``sets`` (text and all tasks, mixed),
             ``against text`` (the task that tuning changed most, and text as the third input), ``circuit`` (fresh prompts of the
             best task, and the circuit of base that was found on it), ``tuned circuit`` (the same with that of tuned),
-            ``two circuits`` (those of base and tuned, and no pair), or none.
-        prompts: number of prompts at each effort.
+            ``two circuits`` (those of base and tuned, and no pair), ``both circuits`` (fresh prompts of the best task, and both),
+            ``variables`` (fresh prompts of the best task for each of its variables, and the circuit of tuned), or none.
+        prompts: number of prompts at each effort; at an effort that is not there the row is left out.
         work: what a step takes.
         draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
         settings: those that differ from the analysis's own defaults, by the prompts at hand.
         demanding: it asks more of prompts than others do; where they do not have it, it is left out and nothing has failed.
+        alone: its first input is the tuned model alone.
     """
 
     analysis: str
-    source: Literal["text", "task", "best task", "sets", "against text", "circuit", "tuned circuit", "two circuits"] | None
+    source: Source | None
     prompts: Mapping[str, int]
     work: Callable[[Sizes], Work]
     draws: bool = False
     settings: Callable[[Any], dict[str, Any]] = lambda prompts: {}
     demanding: bool = False
+    alone: bool = False
+
+    def at(self, effort: str) -> bool:
+        """Whether it is part of the comparison at an effort."""
+        return not self.prompts or effort in self.prompts
 
     @property
     def chosen(self) -> bool:
@@ -160,7 +170,9 @@ class Step:
         """The same, before anybody knows which task it will be."""
         if self.row.source == "sets":
             return f"{self.row.analysis} on {self.on.count(AND) + 1} sets of prompts"
-        which: dict[str | None, str] = dict.fromkeys(("best task", "circuit", "tuned circuit"), "the task learned best")
+        which: dict[str | None, str] = dict.fromkeys(("best task", *OF_CIRCUITS), "the task learned best")
+        del which["two circuits"]
+        which["variables"] = "each variable of the task learned best"
         which["against text"] = f"the task changed most, against {self.against}"
         return f"{self.row.analysis} on {which[self.row.source]}" if self.row.source in which else str(self)
 
@@ -182,8 +194,8 @@ class Step:
         if self.row.draws:
             return [pair, task(self.on)], {"n": self.n}
         prompts = session.prompts(self.on, pair, self.n, self.seed)
-        if self.row.source in ("best task", "circuit", "tuned circuit"):
-            return [pair, prompts, *circuits], self.row.settings(prompts)
+        if self.row.source in ("best task", *OF_CIRCUITS):
+            return [pair.tuned if self.row.alone else pair, prompts, *circuits], self.row.settings(prompts)
         return [pair, *self.singles(session)], self.row.settings(prompts)
 
     def singles(self, session: Session) -> list[Any]:
@@ -194,7 +206,8 @@ class Step:
 
     def stamped(self, result: Result, session: Session) -> Result:
         """The result with what was written for its inputs."""
-        models = {side: what for side, what in (("base", self.base), ("tuned", self.tuned)) if isinstance(what, str)}
+        sides = (("model", self.tuned),) if self.row.alone else (("base", self.base), ("tuned", self.tuned))
+        models = {side: what for side, what in sides if isinstance(what, str)}
         n: Any = self.n or None
         written: Any = {"positive": self.on, "negative": self.against} if self.against else self.on if self.row.source else ""
         if self.circuits:
@@ -218,7 +231,8 @@ class Step:
         files = [f"--{name}={file}" for name, (_, file) in self.circuits.items()]
         if self.row.source == "two circuits":
             return shlex.join(["interp", "run", self.row.analysis, *files])
-        words = ["interp", "run", self.row.analysis, f"--base={self.base}", f"--tuned={self.tuned}", *session.loading.flags()]
+        models = [f"--model={self.tuned}"] if self.row.alone else [f"--base={self.base}", f"--tuned={self.tuned}"]
+        words = ["interp", "run", self.row.analysis, *models, *session.loading.flags()]
         if self.row.draws:
             words += [f"--task={self.on}", f"--n={self.n}"]
         elif self.on:

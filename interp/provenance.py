@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
+from interp.circuit import circuit_of
 from interp.data_files import data_path
 from interp.errors import InputError
 
@@ -53,7 +54,8 @@ class Meta:
             an object), and ``adapter`` (a folder) where one was applied to a single model.
         inputs: one entry per further positional argument: ``parameter``, ``kind`` (its class), ``digest``,
             ``text`` (what the command line takes for it; empty when it was made in Python), for prompts
-            of a task ``task``, ``n`` and ``seed``, and for a selection of such prompts ``some_of``.
+            of a task ``task``, ``n`` and ``seed``, for a selection of such prompts ``some_of``, and for a file or folder that
+            is not written in full ``path``, where it is.
         settings: the keyword-only arguments, defaults included, as JSON values and text forms.
         seed: the setting ``seed``, or None.
         notes: what does not change the numbers: time (UTC), argv, git, versions, device, seconds, peak_mb (peak memory
@@ -196,6 +198,11 @@ def _file(value: Any) -> Path | None:
     return Path(value) if named and Path(value).is_file() else None
 
 
+def _named(path: Path) -> dict[str, str]:
+    """A file as it was written, and where it is."""
+    return {"text": str(path)} | ({} if path.is_absolute() else {"path": str(path.resolve())})
+
+
 def _content(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -241,11 +248,13 @@ def _source(model: Any) -> str:
 
 
 def _described_input(analysis: str, parameter: str, value: Any) -> dict[str, Any]:
-    """Digest and text of a data argument: prompts, a task, a circuit, an earlier result, plain values."""
+    """Digest and text of a data argument: prompts, a task, a circuit, factors, an earlier result, plain values."""
     digest, source = getattr(value, "digest", None), getattr(value, "source", None)
     worded = isinstance(value, str | int | float | Path) or type(value).__str__ is not object.__str__
     text = source if isinstance(source, str) else str(value) if worded and not isinstance(digest, str) else ""
     described: dict[str, Any] = {"parameter": parameter, "kind": type(value).__name__, "digest": digest, "text": text}
+    if text and isinstance(folder := getattr(value, "path", None), Path):
+        described |= _named(folder)
     if not isinstance(digest, str):
         if not worded and not isinstance(value, list | tuple | dict):
             raise InputError(f"{analysis} cannot use a {described['kind']} as {parameter}: an input needs a digest, or a text form")
@@ -270,7 +279,7 @@ def _describe(function: Callable[..., Any], version: int, arguments: Mapping[str
         else:
             inputs.append(_described_input(name, parameter, value))
     files = {k: path for k in settings & arguments.keys() if (path := _file(arguments[k]))}
-    inputs += [{"parameter": k, "kind": "file", "digest": _content(path), "text": str(path)} for k, path in sorted(files.items())]
+    inputs += [{"parameter": k, "kind": "file", "digest": _content(path), **_named(path)} for k, path in sorted(files.items())]
     plain = {k: _setting(arguments[k], f"{k} of {name}") for k in arguments if k in settings and k not in files}
     seed = plain.pop("seed", None)
     return Meta(analysis=name, version=version, models=tuple(models), inputs=tuple(inputs), settings=plain, seed=seed)
@@ -339,6 +348,27 @@ def _notes(arguments: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ decorator
 
 
+def _argument(function: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """An argument as the analysis takes it: a circuit of the result that found it, and one text or number as a list of one.
+
+    Raises:
+        InputError: it is no pair of models, no circuit or no seed, where that is asked for.
+    """
+    annotation = str(parameter.annotation).strip("'")
+    if annotation == "ModelPair" and not hasattr(value, "tuned"):
+        raise InputError(f"{function} compares two models: {parameter.name} is a ModelPair, but {type(value).__name__} came")
+    if annotation in ("Circuit", "Circuit | None") and not (value is None and parameter.default is None):
+        return circuit_of(value, f"the circuit {parameter.name} of {function}".replace("circuit circuit", "circuit"))
+    if annotation in _LISTS and isinstance(value, _LISTS[annotation]):
+        return (value,)
+    if parameter.name == "seed" and annotation == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InputError(f"the seed of {function} is a whole number, but {value!r} came")
+    return value
+
+
+_LISTS: dict[str, type | tuple[type, ...]] = {"tuple[str, ...]": str, "tuple[float, ...]": (int, float), "tuple[int, ...]": int}
+
+
 class Analysis(Protocol[P, R_co]):
     """A function made by :func:`analysis`."""
 
@@ -372,27 +402,26 @@ def analysis(version: int = 1) -> Callable[[Callable[P, R]], Analysis[P, R]]:
             raise TypeError(f"the analysis {function.__name__} must name each of its parameters, but it takes {stars[0]}")
         settings = frozenset(name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY)
 
-        def bound(args: Any, kwargs: Any) -> dict[str, Any]:
+        def bound(args: Any, kwargs: Any) -> inspect.BoundArguments:
             try:
-                arguments = signature.bind(*args, **kwargs)
+                found = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}(): {error}") from None
-            arguments.apply_defaults()
-            for name, value in arguments.arguments.items():
-                if signature.parameters[name].annotation in ("ModelPair", "'ModelPair'") and not hasattr(value, "tuned"):
-                    raise InputError(f"{function.__name__} compares two models: {name} is a ModelPair, but {type(value).__name__} came")
-            return dict(arguments.arguments)
+            found.apply_defaults()
+            for name, value in found.arguments.items():
+                found.arguments[name] = _argument(function.__name__, signature.parameters[name], value)
+            return found
 
         def describe(*args: P.args, **kwargs: P.kwargs) -> Meta:
-            return _describe(function, version, bound(args, kwargs), settings)
+            return _describe(function, version, bound(args, kwargs).arguments, settings)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            arguments = bound(args, kwargs)
-            meta = _describe(function, version, arguments, settings)  # before the call: what it was given
+            given = bound(args, kwargs)
+            meta = _describe(function, version, given.arguments, settings)  # before the call: what it was given
             start = time.perf_counter()
-            result = function(*args, **kwargs)
-            meta.notes.update(_notes(arguments, time.perf_counter() - start))
+            result = function(*given.args, **given.kwargs)
+            meta.notes.update(_notes(given.arguments, time.perf_counter() - start))
             result.check()
             object.__setattr__(result, "meta", meta)
             return result

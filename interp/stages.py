@@ -121,6 +121,24 @@ class Stages:
         if twice := [s for s in searched if searched.count(s) > 1]:
             raise InputError(f"the stage {twice[0][0]} with the receivers {twice[0][1]} at {twice[0][2]} is there twice")
 
+    def sends(self, role: str) -> tuple[str, str]:
+        """What the heads of a role send to, back from the logits, and with which sign, so that roles of other names can be matched.
+
+        ``("logits", "supports")`` for movers, ``("logits.q", "supports")`` for what sends to their queries. Inputs of heads that oppose
+        the answer are others: ``logits-.q``. A role with several stages has what all of them send to.
+        """
+        marks = {"supports": "", "opposes": "-", "both": "+-"}
+        ends: dict[str, str] = {}  # of the roles found so far, what they send to with the mark of their sign
+        targets, signs = dict[str, set[str]](), dict[str, set[str]]()
+        for stage in self.stages:
+            into = {f"{ends[other]}.{by}" for other, by in stage.sources} or {"logits"}
+            targets.setdefault(stage.role, set()).update(into)
+            signs.setdefault(stage.role, set()).add(stage.sign)
+            known = sorted(targets[stage.role])
+            sign = stage.sign if len(signs[stage.role]) == 1 else "both"
+            ends[stage.role] = (known[0] if len(known) == 1 else f"({', '.join(known)})") + marks[sign]
+        return ", ".join(sorted(targets[role])), next(iter(signs[role])) if len(signs[role]) == 1 else "both"
+
     def __str__(self) -> str:
         """The text form: JSON on one line."""
         plain = {f.name: f.default for f in fields(Stage)}

@@ -198,8 +198,10 @@ def changed(first: Sequence[Tensor], second: Sequence[Tensor], seed: int = 0) ->
     return Estimate(value, torch.cat(low).reshape(value.shape), torch.cat(high).reshape(value.shape))
 
 
-def wilson(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def wilson(k: int | float, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion k / n (Wilson 1927, score interval); (0, 1) when n is 0.
+
+    k may be a sum of n shares from 0 to 1: they vary no more than whole draws of the same mean, so the interval is rather too wide.
 
     Raises:
         InputError: k is not between 0 and n.
@@ -214,11 +216,11 @@ def wilson(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def paired_change(gained: int, lost: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def paired_change(gained: int | float, lost: int | float, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Interval of the change of a proportion on the same n prompts, (gained - lost) / n.
 
     The adjusted Wald interval of Agresti and Min (2005), which adds half a prompt to each cell of the table: unlike a bootstrap it
-    has a width also when nothing flipped.
+    has a width also when nothing flipped. ``gained`` and ``lost`` may be sums of n shares, as ``k`` of ``wilson``.
 
     Raises:
         InputError: gained and lost do not fit into n.

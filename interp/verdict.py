@@ -70,7 +70,8 @@ def by_pair(results: Sequence[Result]) -> dict[str, list[Result]]:
     weights: dict[tuple[str, ...], list[Result]] = {}
     pair: tuple[str, ...] = ()
     for result in results:
-        pair = tuple(m["fingerprint"] for m in result.meta.models) or pair
+        own = tuple(m["fingerprint"] for m in result.meta.models)
+        pair = pair if own[1:] == () and set(own) <= set(pair) else own or pair  # what was asked of one model of the pair belongs to it
         weights.setdefault(pair, []).append(result)
     names = {key: " -> ".join(m["name"] for m in found[0].meta.models) for key, found in weights.items()}
     alike = [name for name in names.values() if list(names.values()).count(name) > 1]
@@ -201,13 +202,14 @@ def _circuits(found: Sequence[Any]) -> Iterator[str]:
     for evaluation in _of(found, "circuit_evaluation"):
         e: CircuitEvaluationResult = evaluation
         told = [_kept(e, side) for side in e.sides]
-        yield f"The circuit of base does alone {_join(told)} of what the whole model does on fresh prompts (n = {e.full.shape[1]})."
+        yield f"The circuit of base does alone {_join(told)} of what the whole model does on fresh prompts (n = {e.n})."
     for overlap in _of(found, "circuit_overlap"):
         o: CircuitOverlapResult = overlap
-        i = o.main
+        i = o.distinct
         a, b, shared, chance = (float(x[i]) for x in (o.size_a, o.size_b, o.shared, o.chance))
-        mine = f"Base's circuit has {a:.0f} heads and tuned's {b:.0f}"
-        yield f"{mine}; {shared:.0f} are in both, where chance gives {chance:.2g} (p = {float(o.p[i]):.2g})."
+        mine = f"Base's circuit has {a:.0f} head{'' if a == 1 else 's'} and tuned's {b:.0f}"
+        both = f"{shared:.0f} {'is' if shared == 1 else 'are'} in both, where chance gives {chance:.2g}"
+        yield f"{mine}; {both} (p = {float(o.p[i]):.2g})."
     for crossing in _of(found, "cmap"):
         yield _crossed(crossing)
 
@@ -227,6 +229,7 @@ def _crossed(c: CmapResult) -> str:
     if share.refused:
         return f"{main}, too close to say which share of the change that is ({sender} - {receiver} {plus_minus(goal - start)}, {n})."
     draws = c.random_heads(direction=way)[0]
+    draws = draws[~draws.isnan()]
     random = f", random heads {float(draws.mean()):.2g}" if len(draws) and not bool(draws.isnan().any()) else ""
     low, high = float(share.low[0]), float(share.high[0])
     ends = "" if low != low else f" [{low:.3g}, {high:.3g}]"

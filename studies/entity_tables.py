@@ -28,7 +28,7 @@ SOURCE = (
     "nothing in about 13 % of pairs (here in none)."
 )
 
-PUBLISHED: Mapping[str, float] = {
+PUBLISHED: Mapping[str, float | tuple[float, float]] = {
     "accuracy: base": 0.66,
     "accuracy: boxes-tuned": 0.82,
     "accuracy: boxes-lora": 0.82,
@@ -84,13 +84,14 @@ PUBLISHED: Mapping[str, float] = {
     "position told, base: reordered_target": 0.161,
     "position told, base: plain, the next segment (control)": 0.162,
     "blocked from layer 0: END to target, base": 0.04,
-    "blocked from layer 0: END to query_label, base": 0.37,
+    "blocked from layer 0: END to query_label, base": (0.35, 0.39),
     "blocked from layer 0: query_label to previous_query_label, base": 0.05,
     "heads of base's that are in: boxes-tuned": 54 / 72,
     "heads of base's that are in: boxes-lora": 54 / 72,
 }
-"""By the name of a row. Of END to the query label the notebooks have .35 to .39 for layers up to 11."""
+"""By the name of a row; from and to where one value for several layers (END to the query label: up to layer 11) is all there is."""
 
+PAPER = "published, Llama-7B"
 COUNTED = "heads of base's that are in"
 """Rows of this kind count heads, which are not drawn from anything: no interval."""
 
@@ -101,11 +102,11 @@ class EntityTrackingResult(Result):
 
     Attributes:
         hits: row -> 1 where the answer or the target came, per prompt.
-        published: of every row, NaN where nothing was.
+        published: of every row from and to, which are the same for a single number; NaN where nothing was.
     """
 
     hits: dict[str, Tensor]
-    published: Float[Tensor, " row"]
+    published: Float[Tensor, "row end"]
 
     def share(self, row: str) -> float:
         """The mean of a row."""
@@ -114,7 +115,7 @@ class EntityTrackingResult(Result):
     def summary(self) -> str:
         """The accuracies, and how many rows have a published number beside them."""
         told = [f"{name.partition(': ')[2]} {self._told(name)}" for name in self.hits if name.startswith("accuracy: ")]
-        known = int((~self.published.isnan()).sum())
+        known = int((~self.published[:, 0].isnan()).sum())
         return f"Accuracy of {', '.join(told)}; {len(self.hits)} shares, {known} of them with a published number of Llama-7B beside them"
 
     def _told(self, row: str) -> str:
@@ -126,7 +127,10 @@ class EntityTrackingResult(Result):
         return (none, none) if row.startswith(COUNTED) else wilson(int(x.sum()), len(x))
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
-        """One row per share, with its 95 % Wilson interval; ``per="prompt"`` one per prompt."""
+        """One row per share, with its 95 % Wilson interval; ``per="prompt"`` one per prompt.
+
+        ``published`` is a number, and ``published_to`` another one where a range was published.
+        """
         import pandas as pd
 
         if per:
@@ -136,9 +140,9 @@ class EntityTrackingResult(Result):
         for (name, hits), published in zip(self.hits.items(), self.published.tolist(), strict=True):
             what, _, row = name.partition(": ")
             low, high = self._ends(name)
-            rows.append(
-                {"what": what, "row": row, "ours": self.share(name), "low": low, "high": high, "n": len(hits), "published": published}
-            )
+            least, most = published
+            there = {"published": least, "published_to": most if most != least else float("nan")}
+            rows.append({"what": what, "row": row, "ours": self.share(name), "low": low, "high": high, "n": len(hits), **there})
         kinds = list(dict.fromkeys(row["what"] for row in rows))
         return pd.DataFrame(sorted(rows, key=lambda row: kinds.index(row["what"])))
 
@@ -156,11 +160,12 @@ class EntityTrackingResult(Result):
         for what, rows in frame.groupby("what", sort=False):
             series = {"ours": rows.ours.tolist()}
             if rows.published.notna().any():
-                series["published, Llama-7B"] = rows.published.tolist()
+                series[PAPER] = rows.published.tolist()
+            ranges = rows.published_to.fillna(rows.published).tolist()
             made[str(what)] = plots.bars(
                 rows.row.tolist(),
                 series,
-                intervals={"ours": (rows.low.tolist(), rows.high.tolist())},
+                intervals={"ours": (rows.low.tolist(), rows.high.tolist()), PAPER: (rows.published.tolist(), ranges)},
                 title=f"{what}, n = {int(rows.n.min())}",
                 ylabel="share of heads" if what == COUNTED else "share of prompts, 95 % interval",
                 horizontal=True,
@@ -177,7 +182,8 @@ def entity_tracking(pair: ModelPair, prompts: Prompts, measured: dict[str, list[
         prompts: the questions.
         measured: row -> 0 or 1 per prompt.
     """
-    published = torch.tensor([PUBLISHED.get(name, torch.nan) for name in measured])
+    told = [PUBLISHED.get(name, torch.nan) for name in measured]
+    published = torch.tensor([x if isinstance(x, tuple) else (x, x) for x in told])
     return EntityTrackingResult(hits={name: torch.tensor(hits) for name, hits in measured.items()}, published=published)
 
 
@@ -190,6 +196,7 @@ def printed(found: EntityTrackingResult) -> str:
             lines += ["", f"{before:62} {'ours':>20} {'published':>10}"]
         ends = "" if r["low"] != r["low"] else f" [{r['low']:.2f}, {r['high']:.2f}]"
         published = "" if r["published"] != r["published"] else f"{r['published']:.2f}"
+        published += "" if r["published_to"] != r["published_to"] else f"-{r['published_to']:.2f}"
         ours = f"{r['ours']:.2f}{ends}"
         lines.append(f"  {r['row']:60} {ours:>20} {published:>10}".rstrip())
     return "\n".join(lines[1:])

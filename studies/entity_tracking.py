@@ -30,7 +30,8 @@ from interp.results import Result
 from interp.sites import Site
 from interp.stats import paired_change
 from interp.sweeps import run, sweep
-from interp.sweeps.answers import head_groups, margin
+from interp.sweeps.ablation import Ablations, Knockout
+from interp.sweeps.answers import margin, readers
 from interp.sweeps.groups import written
 from interp.tasks.boxes_variants import Kind
 
@@ -105,13 +106,39 @@ def follows(model: HookedModel, pairs: PromptPairs, heads: Sequence[Site]) -> li
     return _bits(sweep(model, batch, [patch], (model, other), reader, desc="heads of the counterfactual").values[0])
 
 
-def with_list(circuit: Circuit) -> Circuit:
-    """The circuit with every head at the tokens of the list, which a search on one list cannot see."""
-    layers, heads, groups = circuit.model
-    sites = [Site("z", layer, head, place) for place in LIST for layer in range(layers) for head in range(heads)]
-    new = tuple(s for s in sites if s not in circuit.nodes)
+def at_list(circuit: Circuit) -> list[Site]:
+    """Every head at the tokens of the list, which a search on one list cannot see."""
+    layers, heads, _ = circuit.model
+    return [Site("z", layer, head, place) for place in LIST for layer in range(layers) for head in range(heads)]
+
+
+def of_layer(circuit: Circuit, layer: int) -> list[Site]:
+    """Every head of a layer, at all tokens."""
+    return [Site("z", layer, head) for head in range(circuit.model[1])]
+
+
+def joined(circuit: Circuit, more: Sequence[Site], role: str) -> Circuit:
+    """The circuit with more heads; one that is added at all tokens takes the place of its node at a single one."""
+    everywhere = {(s.layer, s.head) for s in more if s.position is None}
+    own = tuple(n for n in circuit.nodes if (n.layer, n.head) not in everywhere)
+    new = tuple(s for s in more if s not in own)
+    roles = {n: r for n, r in circuit.roles.items() if n in own}
     known = {"prompts": circuit.prompts, "contexts": circuit.contexts}
-    return Circuit((layers, heads, groups), (*circuit.nodes, *new), roles={**circuit.roles, **dict.fromkeys(new, "list")}, **known)
+    return Circuit(circuit.model, (*own, *new), roles={**roles, **dict.fromkeys(new, role)}, **known)
+
+
+def additions(circuit: Circuit) -> dict[str, Circuit]:
+    """The circuit alone, and with what may be missing: a layer at all tokens, single heads of the first, the list, all at END."""
+    layers, heads, _ = circuit.model
+    first, end = of_layer(circuit, 0), [Site("z", layer, head, "END") for layer in range(layers) for head in range(heads)]
+    found = {"circuit": circuit} | {f"+ layer {i}": joined(circuit, of_layer(circuit, i), "layer") for i in range(layers)}
+    found |= {f"+ {_short(s)}": joined(circuit, [s], "head") for s in first}
+    found |= {"+ list": joined(circuit, at_list(circuit), "list"), "+ all heads at END": joined(circuit, end, "end")}
+    return found | {"+ layer 0 + all heads at END": joined(joined(circuit, end, "end"), first, "layer")}
+
+
+def _short(site: Site) -> str:
+    return f"L{site.layer}H{site.head}"
 
 
 def _bits(values: Tensor) -> list[int]:
@@ -132,7 +159,8 @@ class Study:
         self.sections: list[Result] = []
         self.circuits: dict[str, Circuit] = {}
         self.cmaps: dict[tuple[str, str], Any] = {}
-        self.overlaps: dict[str, Any] = {}
+        self.transfers: dict[str, Any] = {}
+        self.kept: dict[str, dict[str, float]] = {}
         self.heads: dict[tuple[str, str, str], tuple[Site, ...]] = {}
         self.test = self.draw(self.models[BASE], "test", "boxes")
 
@@ -141,6 +169,8 @@ class Study:
         for name, model in self.models.items():
             self.rows[f"accuracy: {name}"] = right(model, self.test)
         self.search()
+        for name in self.models:
+            self.missing(name)
         for name in TUNED:
             self.transfer(name)
             self.cross(name)
@@ -161,20 +191,33 @@ class Study:
                 raise interp.InputError(f"no heads were found in {name} on {self.draw.n} prompts; take more")
 
     def transfer(self, name: str) -> None:
-        """Circuits in each other's model, alone, and with the heads of the list left as they are."""
+        """Circuits in each other's model, alone, and with all heads of the first layer left as they are."""
         own, other = self.circuits[BASE], self.circuits[name]
-        self.overlaps[name] = interp.circuit_overlap(own, other)
         few = self.test[: max(2, len(self.test) // 4)]
-        for what, a, b, draws in (("circuit alone", own, other, 3), ("circuit and list", with_list(own), with_list(other), 0)):
-            if draws == 0 and self.quick:
-                continue
+        more = [joined(circuit, of_layer(circuit, 0), "first_layer") for circuit in (own, other)]
+        for what, a, b, draws in (("circuit alone", own, other, 3), ("circuit and first layer", *more, 0)):
             found: Any = interp.circuit_transfer(self.pairs[name], few, a, b, random_circuits=draws, seed=self.seed)
             self.sections.append(found)
+            self.transfers.setdefault(name, found)
             for c, circuit in enumerate((BASE, name)):
                 for s, side in enumerate((BASE, name)):
                     self.rows[f"{what}: of {circuit} in {side}"] = _bits(found.circuit[0, c, s])
         self.rows[f"{tables.COUNTED}: {name}"] = [int(node in other.nodes) for node in own.nodes]
-        self.sections.append(self.overlaps[name])
+
+    def missing(self, name: str) -> None:
+        """What the circuit of a model lacks to do the task alone, with means in place of all other heads."""
+        model, few = self.models[name], self.test[: max(2, len(self.test) // 4)]
+        tried = additions(self.circuits[name])
+        for kind, reader in readers(few, "logit_diff", "vocabulary").items():
+            runs = Ablations(model, few, reader, ablation="mean", by=None, seed=self.seed)
+            empty, *values = runs(
+                [Knockout.all_but(()), *(Knockout.all_but(c.nodes) for c in tried.values())], f"more than the circuit, {kind}"
+            )
+            if kind == "logit_diff":  # as circuit_transfer's faithfulness: 0 without any head, 1 for the whole model
+                none, whole = (float(x.double().mean()) for x in (empty, runs.intact))
+                self.kept[name] = {what: (float(v.double().mean()) - none) / (whole - none) for what, v in zip(tried, values, strict=True)}
+            else:
+                self.rows |= {f"alone, and with more, {name}: {what}": _bits(v) for what, v in zip(tried, values, strict=True)}
 
     def cross(self, name: str) -> None:
         """CMAP with the circuit of the tuned model, step by step until all is there, and with that of base."""
@@ -194,13 +237,12 @@ class Study:
         for name, model in self.models.items():
             if self.quick and name == TUNED[1]:
                 continue
-            groups = head_groups(self.circuits[name])
+            circuit = self.circuits[name]
             for role, what in cells if name != TUNED[1] else MAIN:
-                if role not in groups:
+                if role not in circuit.roles.values():
                     continue
                 pairs = self.draw(model, "masks", f"boxes(corrupt={what})")
-                group = ",".join(f"L{s.layer}H{s.head}@{s.position}" for s in groups[role])
-                found: Any = interp.dcm(model, pairs, group=group, control=5, seed=self.seed)
+                found: Any = interp.dcm(model, pairs, circuit, group=role, control=5, seed=self.seed)
                 self.heads[name, role, what] = tuple(Site.parse(text) for text in found.chosen)
                 if name == TUNED[0] and (role, what) in MAIN:
                     self.sections.append(found)
@@ -240,7 +282,8 @@ class Study:
 
 def verdict(study: Study, found: tables.EntityTrackingResult) -> list[str]:
     """The answers, whatever they are."""
-    return [line for name in TUNED for line in (*_answer(study, found, name), *_adds_up(study, name))] + broken(found)
+    told = [line for name in TUNED for line in (*_answer(study, found, name), *_adds_up(study, name))]
+    return told + [lacking(study, found, name) for name in study.models] + broken(found)
 
 
 def _answer(study: Study, found: tables.EntityTrackingResult, name: str) -> list[str]:
@@ -249,22 +292,36 @@ def _answer(study: Study, found: tables.EntityTrackingResult, name: str) -> list
     low, high = paired_change(up, down, len(a))
     gain = f"{name} answers {found.share(f'accuracy: {name}'):.0%} where base answers {found.share('accuracy: base'):.0%}"
     gain += f" (change [{100 * low:+.0f}, {100 * high:+.0f}] points, n = {len(a)})"
-    o = study.overlaps[name]
-    shared, own, other, chance, p = (float(x[o.main]) for x in (o.shared, o.size_a, o.size_b, o.chance, o.p))
+    t = study.transfers[name]
+    shared, own, other, chance, p = (float(x[-1]) for x in (t.shared, t.size_base, t.size_tuned, t.expected, t.p))
     chances = f"chance {chance:.2g}, p = {p:.2g}"
-    both = f"{shared:.0f} of the {own:.0f} heads in their roles that base's circuit has are among the {other:.0f} of {name}'s ({chances})"
+    both = f"{shared:.0f} of the {own:.0f} heads that base's circuit has are among the {other:.0f} of {name}'s ({chances})"
     share = study.cmaps[name, BASE].recovered("accuracy", "tuned_to_base")
     if low <= 0 <= high:
         return [f"{gain}: no gain beyond noise, so nothing to explain. {both}."]
     brought = "cannot be told" if share.refused else share.at(0)
     carried = f"heads that were found in base, given {name}'s activations, bring {brought} of the gain"
-    return [f"{name}: {decision(p, share)}. {gain}; {both}; {carried}.", *_variables(found, name)]
+    alone = t.faithfulness("base", "base", "logit_diff")
+    kept = "cannot be told" if alone.refused else alone.at()
+    carried += f"; base's circuit alone keeps {kept} of what base's heads do to the logit difference"
+    return [f"{name}: {decision(p, share, alone)}. {gain}; {both}; {carried}.", *_variables(found, name)]
 
 
-def decision(p: float, share: Any) -> str:
-    """Enhanced, new, or not to be told: from the p of the overlap and the share of the gain that base's own circuit carries."""
+def decision(p: float, share: Any, alone: Any) -> str:
+    """Enhanced, new, or not to be told.
+
+    Args:
+        p: of the heads that both circuits have.
+        share: of the gain that the heads of base's circuit carry over.
+        alone: of base's logit difference that its circuit keeps when it runs alone: what does not do the task alone is only a part.
+    """
     if not share.refused and p < 0.05 and float(share.low[0]) > 0.5:
-        return "the circuit that was there was made better"
+        if not alone.refused and float(alone.low) > 0.5:
+            return "the circuit that was there was made better"
+        return (
+            "the gain goes through heads that base's circuit has already, but that circuit alone does not do the task, so whether the "
+            "mechanism that was there was made better cannot be told from it"
+        )
     if not share.refused and float(share.high[0]) < 0.5:
         return "most of the gain is not in the circuit that was there"
     return "whether the circuit is new cannot be told from these prompts"
@@ -278,6 +335,28 @@ def _variables(found: tables.EntityTrackingResult, name: str) -> list[str]:
             shares = [f"{found.share(row):.0%}" for row in rows]
             told.append(f"{role} the {what} ({shares[0]} in base, {shares[1]} in {name}; {name}'s own heads {shares[2]})")
     return [f"Heads that carry a variable in base carry it in {name} in that many of the prompts: {'; '.join(told)}."] if told else []
+
+
+def lacking(study: Study, found: tables.EntityTrackingResult, name: str) -> str:
+    """What a model's circuit needs beside itself."""
+    kept, kind = study.kept[name], f"alone, and with more, {name}: "
+
+    def told(what: str) -> str:
+        return f"{kept[what]:.0%} ({found.share(kind + what):.0%} answered)"
+
+    singles = {what: x for what, x in kept.items() if what.startswith("+ L")}
+    best = max(singles, key=lambda what: singles[what])
+    others = max(x for what, x in kept.items() if what.startswith("+ layer ") and what[-1].isdigit() and what != "+ layer 0")
+    n, rest = len(found.hits[kind + "circuit"]), told("+ layer 0 + all heads at END")
+    many = kept["+ layer 0"] - kept["circuit"] > 2 * (max(singles[best], others, kept["+ list"]) - kept["circuit"])
+    why = "what it lacks are many heads of the first layer together" if many else "what it lacks is not in one place"
+    parts = [
+        f"Alone, the circuit of {name} keeps {told('circuit')} of what the heads do to the logit difference (n = {n})",
+        f"with all heads of layer 0 at all tokens {told('+ layer 0')}, and with all heads at END besides {rest}",
+        f"no single head of layer 0 brings it above {singles[best]:.0%} ({best[2:]}), the heads of another layer not above {others:.0%}",
+        f"those at the list to {told('+ list')}: {why}",
+    ]
+    return f"{'; '.join(parts)}."
 
 
 def _adds_up(study: Study, name: str) -> list[str]:
@@ -314,8 +393,8 @@ WARNINGS = (
     "Late heads already hold what earlier ones of the tuned model computed: that value fetchers bring the gain says little; that "
     "position transmitters bring part of it says more.",
     "No structure readers are found: the position detectors are in the first layer, and no head comes before them.",
-    "A circuit alone has all other heads at all tokens at their means, also those at the tokens of the list, from which the search "
-    "sends nothing: the rows `circuit and list` leave these as they are.",
+    "A circuit alone has all other heads at all tokens at their means, also those of the first layer that put the list together, which the "
+    "search does not look for: its stages begin at the box asked for. The rows `circuit and first layer` leave these as they are.",
 )
 
 

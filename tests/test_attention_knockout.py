@@ -113,7 +113,12 @@ def test_the_layers_of_a_hand_built_circuit() -> None:
     )
     window = attention_knockout(built.model, prompts, keys=("S2",), width=1, control=0)
     lost = (window.effect().mean(-1)[0] < 0).nonzero().flatten().tolist()
-    assert lost == [heads["inhibition"][0][0]] and "in the layers from" in window.summary()
+    assert lost == [heads["inhibition"][0][0]]
+    assert f"without S2 in layer {lost[0]} the accuracy" in window.summary() and "blocked in 1 layer at a time" in window.summary()
+    two = attention_knockout(built.model, prompts, keys=("S2",), width=2, control=0)
+    assert "without S2 in layers " in two.summary() and "blocked in 2 layers at a time" in two.summary()
+    figure: Any = window.plot()
+    assert figure.layout.xaxis.dtick == 1 and figure.layout.xaxis.title.text.endswith("blocked in this layer alone")
     earlier = attention_knockout(built.model, prompts, query="S2", control=1)
     assert earlier.labels["key"] == ("IO", "S1") and earlier.needed_until("S1") is not None and earlier.needed_until("IO") is None
 
@@ -140,7 +145,7 @@ def test_tables_are_counts_by_hand() -> None:
     [
         ({"keys": ("IO",)}, "IO"),
         ({"query": "IO"}, "IO"),
-        ({"query": "S", "keys": ("END",)}, "comes after the query"),
+        ({"query": "S", "keys": ("END",)}, "a query sees nothing behind it, and the key END comes after the query S (token "),
         ({"heads": "L3H0"}, "L3H0 is not in a model of 3 layers with 4 heads each"),
         ({"heads": "L0H4"}, "L0H4 is not in a model"),
         ({"heads": "L0H1@S"}, "names a position"),

@@ -91,12 +91,25 @@ def test_a_backup_shows_only_with_its_mover_gone() -> None:
     assert float(alone.after.mean()) > 0.9 * float(alone.full.mean())  # either one does nearly all
 
 
-def test_one_head_at_two_positions_hides_itself() -> None:
-    """With its role as K it is gone from where it is read anyway."""
+def test_one_head_at_two_positions_does_not_hide_itself() -> None:
+    """The head of a role that stands at two positions is in no K of its own: what reads it at one may hang on the other."""
     node = "L0H4.z@READ"
     role, greedy = evaluated("shared_head"), evaluated("shared_head", minimality="greedy")
-    assert dict(zip(role.labels["node"], role.given[0], strict=True))[node] == "L0H4.z@END" and abs(effects(role)[node]) < 0.01
-    assert not role.needed()[role.labels["node"].index(node)] and effects(greedy)[node] < -0.7
+    assert dict(zip(role.labels["node"], role.given[0], strict=True))[node] == "" and effects(role)[node] < -0.2
+    assert role.needed()[role.labels["node"].index(node)] and effects(greedy)[node] < -0.7
+    nodes = tuple(parse_sites(["L0H4.z@READ", "L0H4.z@END", "L1H1.z@END", "L2H5.z"]))
+    roles = dict.fromkeys(nodes[:3], "one")
+    assert search.own_class(nodes, roles) == [(nodes[2],), (nodes[2],), nodes[:2], ()]
+
+
+@pytest.mark.parametrize("name", HAND_BUILT)
+def test_every_planted_node_is_needed_by_default(name: str) -> None:
+    """Also of the parts of a model that does two tasks. Of a mixture of tasks each head serves a part of the prompts."""
+    made = built(name)
+    for of, circuit in ((made.task, made.circuit), *made.parts):
+        asked = of.generate(made.model, 24, 11)
+        result = circuit_evaluation(made.model, asked, circuit, mlps=name == "majority", **BARE)
+        assert bool(result.needed().all()), dict(zip(result.labels["node"], effects(result).items(), strict=True))
 
 
 def test_what_is_the_same_in_all_prompts_may_not_become_zero() -> None:
@@ -388,6 +401,17 @@ def test_templates_are_used_by_themselves() -> None:
         circuit_evaluation(model, prompts, circuit, by="all", **light)
 
 
+def test_a_result_stands_for_its_circuit_and_a_text_for_one_role() -> None:
+    class Found:
+        def circuit(self) -> Circuit:
+            return built("ioi").circuit
+
+    few: Any = BARE | {"ablation": "zero", "roles": ("mover",)}
+    want = circuit_evaluation(built("ioi").model, pairs("ioi"), built("ioi").circuit, **few)
+    found = circuit_evaluation(built("ioi").model, pairs("ioi"), Found(), **few | {"roles": "mover"})  # type: ignore[arg-type]
+    assert found.identity == want.identity and found.to_frame().equals(want.to_frame()) and found.labels["subset"] == ("mover",)
+
+
 def test_bad_input_is_refused_in_one_sentence(unchecked: None) -> None:
     model, prompts, circuit = built("ioi").model, pairs("ioi"), built("ioi").circuit
 
@@ -415,6 +439,11 @@ def test_bad_input_is_refused_in_one_sentence(unchecked: None) -> None:
     refused("random_circuits is a whole number from 0 up, but it is -1", random_circuits=-1)
     refused("there is no metric named 'loss'", metric="loss")
     refused("needs Prompts or PromptPairs, not str", "a text")
+    refused("the circuit of circuit_evaluation is a NoneType, expected a Circuit, or a result that found one$", of=None)
+    refused("the circuit of circuit_evaluation is a str, expected .*; Circuit.load reads a file", of="x.json")
+    for seed in ("a", 1.5, True, None):
+        refused(f"the seed of circuit_evaluation is a whole number, but {seed!r} came", seed=seed)
+    refused("there is no role named 'movers'; nearest: mover", roles="movers")
     refused("no position 'S9' in these prompts; they name", of=Circuit.of((4, 6, 3), {"a": "L1H2.z@S9"}))
     shared = replace(circuit, contexts=prompts.contexts[3:5])
     refused(r"found on these prompts \(2 of their contexts, such as", of=shared)

@@ -16,6 +16,7 @@ from interp.analyses.circuit_overlap import _hypergeometric, _measured, _quantil
 from interp.circuit import Circuit, Ranking
 from interp.errors import InputError
 from interp.sites import Site
+from interp.stages import Stage, Stages
 
 MODEL = (3, 5, 5)
 A = Circuit.of(
@@ -62,7 +63,7 @@ def test_counts_by_hand() -> None:
     r = circuit_overlap(A, B, cutoffs=())
     assert r.edges == (1, 3, 2) and r.one_sided == {"a": ("previous",), "b": ("gatherer",)} and r.heads == 15
     assert r.summary().startswith("3 (stage, head) entries are in both circuits: 50% of the 6 in a, 50% of the 6 in b, Jaccard 0.33 (")
-    assert "1 edges shared of 3 in a and 2 in b" in r.summary() and "only b has gatherer" in r.summary()
+    assert "1 edge shared of 3 in a and 2 in b" in r.summary() and "only b has gatherer" in r.summary()
 
 
 def test_chance_of_one_stage_is_that_of_all_pairs_of_sets() -> None:
@@ -203,6 +204,86 @@ def test_cut_offs_of_searches_rank_every_head_in_every_stage() -> None:
     assert sum(float(x) for x in bare.size_a[:2]) == len(a.nodes)
 
 
+def telling(a: Circuit, sends: dict[str, tuple[str, str]], names: dict[str, str] | None = None) -> Circuit:
+    """The same circuit of a search that says what its stages send to, with other names of its roles."""
+    named = names or {}
+    rankings = {named.get(r, r): replace(k, sends=sends[r][0], sign=sends[r][1]) for r, k in a.rankings.items()}
+    return replace(a, rankings=rankings, roles={n: named.get(r, r) for n, r in a.roles.items()})
+
+
+WAYS = {"mover": ("logits", "supports"), "inhibition": ("logits.q", "supports")}
+
+
+def test_stages_are_matched_by_what_they_send_to() -> None:
+    """Another name of the same stage changes nothing but the name; the same name of another stage is another row."""
+    (a, *_), (b, *_) = searched(1), searched(2)
+    want = circuit_overlap(a, b, cutoffs=(0.1, 0.2)).to_frame()
+    other = telling(b, WAYS, {"inhibition": "gatherer"})
+    found = circuit_overlap(telling(a, WAYS), other, cutoffs=(0.1, 0.2))
+    frame = found.to_frame()
+    assert frame.stage.tolist() == [{"inhibition": "inhibition / gatherer"}.get(s, s) for s in want.stage]
+    assert frame.drop(columns="stage").equals(want.drop(columns="stage")) and found.one_sided == {"a": (), "b": ()}
+    assert not found.scores.isnan().any(), "of an entry in one circuit alone the other has a score, too"
+    by_name = circuit_overlap(a, telling(b, dict.fromkeys(WAYS, ("", "")), {"inhibition": "gatherer"}), cutoffs=())
+    assert by_name.one_sided == {"a": ("inhibition",), "b": ("gatherer",)}, "without it roles are all there is"
+    deeper = telling(b, WAYS | {"inhibition": ("logits.q.v", "supports")})
+    apart = circuit_overlap(telling(a, WAYS), deeper, cutoffs=(0.1,))
+    assert apart.one_sided == {"a": ("inhibition (logits.q supports)",), "b": ("inhibition (logits.q.v supports)",)}
+    assert [s for s, c in zip(apart.stages, apart.cutoffs, strict=True) if c] == ["mover"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_heads_for_and_against_are_one_sweep(told: bool) -> None:
+    """Both roles have the scores of the same sweep, which a cut-off counts once; as they are, both stand for themselves."""
+
+    def swept(seed: int) -> tuple[Circuit, dict[tuple[int, int], float]]:
+        draws = random.Random(seed)
+        scores = {(i, h): draws.uniform(-1, 1) for i in range(3) for h in range(5)}
+        sites = {Site("z", *head, "END"): x for head, x in scores.items()}
+        chosen = {"mover": [s for s, x in sites.items() if x > 0.5], "negative_mover": [s for s, x in sites.items() if x < -0.5]}
+        ways = {"mover": ("logits", "supports"), "negative_mover": ("logits", "opposes")}
+        rankings = {r: Ranking(sites, tuple(some), *(ways[r] if told else ())) for r, some in chosen.items()}
+        roles = {s: r for r, some in chosen.items() for s in some}
+        return Circuit(MODEL, tuple(roles), roles=roles, scores={s: sites[s] for s in roles}, rankings=rankings), scores
+
+    (a, x), (b, y) = swept(1), swept(2)
+    frame = circuit_overlap(a, b, cutoffs=(0.2,)).to_frame()
+    assert frame.stage.tolist() == ["mover", "negative_mover", "all stages", "whatever the stage", "mover, negative_mover"]
+    tops = [set(sorted(of, key=lambda h, of=of: -abs(of[h]))[:3]) for of in (x, y)]
+    assert frame.iloc[-1][["size_a", "size_b", "shared"]].tolist() == [3, 3, len(tops[0] & tops[1])]
+    assert frame.iloc[0].shared == sum(x[h] > 0.5 and y[h] > 0.5 for h in x)
+
+
+def test_what_the_stages_that_ship_send_to() -> None:
+    ioi, colored, boxes = (Stages.parse(name) for name in ("ioi", "colored_objects", "boxes"))
+    assert ioi.sends("mover") == ("logits", "supports") and ioi.sends("negative_mover") == ("logits", "opposes")
+    assert ioi.sends("inhibition") == colored.sends("gatherer") == boxes.sends("position_transmitter") == ("logits.q", "supports")
+    assert ioi.sends("duplicate") == colored.sends("duplicate") == ("logits.q.v", "supports")
+    assert ioi.sends("previous")[0] == "logits.q.v.k" and colored.sends("lookup")[0] == "logits.v"
+    rows = [("mover", "logits", "supports"), ("negative", "logits", "opposes"), ("x", "negative.q", "supports"), ("x", "mover.q", "both")]
+    rows += [("y", "x.k, mover.v", "supports")]
+    own = Stages(tuple(Stage(role, receivers, sign=sign) for role, receivers, sign in rows))
+    assert own.sends("x") == ("logits-.q, logits.q", "both") and own.sends("y")[0] == "(logits-.q, logits.q)+-.k, logits.v"
+
+
+def test_a_circuit_keeps_what_its_stages_send_to(tmp_path) -> None:
+    a = telling(searched(1)[0], WAYS)
+    assert Circuit.load(a.save(tmp_path / "a.json")) == a != searched(1)[0]
+    (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text().replace('"logits.q"', "3"))
+    with pytest.raises(InputError, match="sends of the ranking inhibition is int, expected str"):
+        Circuit.load(tmp_path / "b.json")
+
+
+def test_results_stand_for_their_circuits() -> None:
+    class Found:
+        def circuit(self, side: str | None = None) -> Circuit:
+            return A if side is None else B
+
+    r = circuit_overlap(Found(), B, cutoffs=0.1)  # type: ignore[arg-type]
+    want = circuit_overlap(A, B, cutoffs=(0.1,))
+    assert r.to_frame().equals(want.to_frame()) and r.identity == want.identity
+
+
 def test_heads_that_cannot_send_are_not_ranked() -> None:
     a, b = searched(1, unreached=5)[0], searched(2, unreached=5)[0]
     r = circuit_overlap(a, b, cutoffs=(0.8,))
@@ -270,10 +351,10 @@ def test_what_is_refused() -> None:
     for empty in (A - A, Circuit.of(MODEL, {"input": "embed@END"})):
         with pytest.raises(InputError, match="circuit b has no attention heads"):
             circuit_overlap(A, empty)
-    for bad in (0.0, -0.1, 1.5, math.nan):
+    for bad in (0.0, -0.1, 1.5, math.nan, "0.1", True):
         with pytest.raises(InputError, match="a cut-off is a share of all heads"):
-            circuit_overlap(A, B, cutoffs=(0.1, bad))
-    with pytest.raises(InputError, match="a is a str"):
+            circuit_overlap(A, B, cutoffs=(0.1, bad))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the circuit a of circuit_overlap is a str, expected a Circuit, or a result .*; Circuit.load"):
         circuit_overlap("circuit.json", B)  # type: ignore[arg-type]
 
 

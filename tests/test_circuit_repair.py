@@ -25,13 +25,14 @@ from interp.organisms.handmade.ioi import BLUEPRINT, INHIBITED, NAMED, NOT_ACTOR
 from interp.organisms.handmade.weights import written
 from interp.prompts import Prompts
 from interp.sites import Heads, Site
+from interp.stats import wilson
 from interp.sweeps.repairs import conditions, others, with_random_tokens
 from interp.tasks import task
 
 ROWS = ((3, 9, 4, 1, 5, 11), (2, 7, 8, 12, 6), (6, 5, 3, 13, 8, 9, 7), (4, 14, 1, 2, 17, 16))
-OPTIONS = ((10, 20, 30), (21, 11), (12, 22, 28), (23, 13, 29))
-ANSWERS = (20, 21, 28, 13)
 PLACES = ((1, 2, 4), (0, 3), (2, 1, 4), (3, 1, 2))
+OPTIONS = tuple(tuple(ids[p] for p in places) for ids, places in zip(ROWS, PLACES, strict=True))
+ANSWERS = (4, 2, 8, 14)
 ASKED = ((2, 3), (1,), (3, 4, 5), (2,))
 PROMPTS = Prompts(
     ("a", "b", "c", "d"), ROWS, {"colors": PLACES, "question": ASKED}, answers=ANSWERS, options=OPTIONS, contexts=("1", "2", "3", "4")
@@ -194,7 +195,8 @@ def planted() -> tuple[CircuitRepairResult, Tensor]:
     model = written(BLIND, "blind")
     circuit = Circuit.of((4, 6, 3), {"inhibition": "L2H0.z@END", "mover": "L3H2.z@END"})
     pairs: Any = organisms.hand_built("ioi").task.generate(model, 24, seed=3)
-    return circuit_repair(model, pairs, circuit, draws=3), torch.tensor([order == "BABA" for order in pairs.tags["order"]])
+    apart = replace(pairs.clean, contexts=tuple(f"{i}" for i in range(24)))  # names come twice, which would weigh them by halves
+    return circuit_repair(model, apart, circuit, draws=3), torch.tensor([order == "BABA" for order in pairs.tags["order"]])
 
 
 def test_a_planted_repair_is_found(planted: tuple[CircuitRepairResult, Tensor]) -> None:
@@ -253,7 +255,7 @@ def test_rows_that_are_as_set_already_change_nothing() -> None:
     """An attention row of two tokens, all on the first: set there once, and again."""
     model = HookedModel.load(tiny("gpt2", seed=1))
     right, wrong = ({"colors": ((0, 2), (3, 1))}, ((5, 6), (6, 5)))
-    prompts = Prompts(("a", "b"), ((3, 9, 4, 7), (4, 7, 1, 8, 2)), right, answers=(6, 6), options=wrong, contexts=("a", "b"))
+    prompts = Prompts(("a", "b"), ((5, 9, 6, 7), (4, 5, 1, 6, 2)), right, answers=(6, 6), options=wrong, contexts=("a", "b"))
     named = replace(prompts, positions={**prompts.positions, "there": ((0,), (1,))})
     with model.edited(attention_edit("L1H2@END", keys="there")):  # where the wrong options stand
         r = circuit_repair(model, named, heads="L1H2", draws=1)
@@ -264,12 +266,57 @@ def test_rows_that_are_as_set_already_change_nothing() -> None:
 def test_batches_do_not_matter() -> None:
     model = HookedModel.load(tiny("neox", seed=2))
     many = circuit_repair(model, PROMPTS, heads=HEADS, draws=2)
-    for p in range(len(PROMPTS)):
-        alone = circuit_repair(model, PROMPTS[p], heads=HEADS, draws=2)
-        fixed = [i for i, kind in enumerate(alone.kinds) if kind != "random tokens"]  # those are drawn by the prompt's place
-        assert (alone.margin[fixed, 0] - many.margin[fixed, p]).abs().max() < 1e-4
-        assert (alone.attribution[:, 0] - many.attribution[:, p]).abs().max() < 1e-4
+    for two in ([0, 1], [2, 1], [3, 2]):
+        few = circuit_repair(model, PROMPTS[two], heads=HEADS, draws=2)
+        fixed = [i for i, kind in enumerate(few.kinds) if kind != "random tokens"]  # those are drawn by the prompt's place
+        assert (few.margin[fixed] - many.margin[fixed][:, two]).abs().max() < 1e-4
+        assert (few.attribution - many.attribution[:, two]).abs().max() < 1e-4
     assert many.jitter == 0
+
+
+TABLE = ("accuracy", "accuracy_low", "accuracy_high", "effect", "effect_se", "low", "high", "p", "margin", "margin_change")
+
+
+def test_prompts_of_one_context_count_once() -> None:
+    """Every prompt ten times over tells nothing new: shares, intervals and tests stay, and n is that of the contexts."""
+    model = HookedModel.load(tiny("llama", seed=1))
+    eight = PROMPTS[[0, 1, 2, 3, 0, 1, 2, 3]]
+    eight = replace(eight, contexts=tuple("abcdefgh"))
+    ten = eight[list(range(8)) * 10]
+    once, often = (circuit_repair(model, p, heads="L1H0,L1H3", movers="L2H1", draws=1, among="options") for p in (eight, ten))
+    kept = [i for i, kind in enumerate(once.kinds) if kind != "random tokens"]  # those are drawn by the prompt's place
+    a, b = (r.to_frame().iloc[kept] for r in (once, often))
+    for name in TABLE:
+        assert b[name].to_numpy() == pytest.approx(a[name].to_numpy(), abs=1e-4 if "margin" in name else 1e-9), name
+    assert a.effect.abs().max() > 0 and (b.newly_right + b.newly_wrong).sum() == 10 * (a.newly_right + a.newly_wrong).sum()
+    assert "n = 8 prompts" in once.summary() and "exact McNemar p" in once.summary()
+    assert "n = 8 contexts of 80 prompts" in often.summary() and "McNemar" not in often.summary()
+    assert float(often.chance) == pytest.approx(once.chance)
+    told = [r.summary().split("attention of 1 mover moves by ")[1].split(";")[0] for r in (once, often)]
+    assert told[0] == told[1]
+
+
+def test_contexts_of_unequal_size_weigh_the_same() -> None:
+    """By hand: three right of four in one context and none in another are 3 of 8, not 3 of 5."""
+    r = circuit_repair(HookedModel.load(tiny("llama")), replace(PROMPTS, contexts=("a", "a", "a", "b")), heads="L1H0", draws=1)
+    right = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    r = replace(r, right=torch.cat([right, right[1:].expand(len(r.kinds) - 2, -1)]), margin=torch.ones(len(r.kinds), 4).double())
+    row = r.to_frame().iloc[1]
+    assert row.accuracy == pytest.approx((2 / 3 + 0) / 2) and row.effect == pytest.approx((1 / 3 + 0) / 2)
+    assert row.effect_se == pytest.approx(1 / 6) and (row.newly_right, row.newly_wrong) == (1, 0)
+    assert (row.accuracy_low, row.accuracy_high) == pytest.approx(wilson(2 / 3, 2)) and row.p == 1
+
+
+def test_tokens_that_are_no_options_are_said() -> None:
+    words = tokenizer("byte_level")
+    model = HookedModel.load(tiny("llama", vocab_size=len(words), max_position_embeddings=128), tokenizer=words)
+    pairs: Any = task("colored_objects").generate(model, 5)
+    said = "the tokens that objects names are not the options themselves in 5 of 5 prompts"
+    assert said in circuit_repair(model, pairs, heads="L1H0", options="objects", draws=1).summary()
+    assert "not the options" not in circuit_repair(model, pairs, heads="L1H0", draws=1).summary()
+    other = replace(PROMPTS, options=((9, 4, 30), *OPTIONS[1:]))
+    (note,) = circuit_repair(HookedModel.load(tiny("llama")), other, heads="L1H0", draws=1).notes
+    assert note.endswith("in 1 of 4 prompts ('token 5' in place of 'token 30' in prompt 0)")
 
 
 def test_the_model_is_left_alone() -> None:
@@ -385,5 +432,6 @@ def test_what_is_refused() -> None:
     refused("gatherers are kept from nothing", gatherers="L0H1", question="nothing")
     refused("among must be", among="all")
     refused("draws must be", draws=0)
-    short = Prompts(("a",), ((1, 2, 3),), {"colors": ((0, 1),)}, answers=(5,), options=((5, 6),), contexts=("a",))
+    refused("needs prompts of at least 2 contexts for its intervals, got 1", prompts=replace(PROMPTS[[0, 0]], contexts=("1", "1")))
+    short = Prompts(("a", "b"), ((5, 6, 3),) * 2, {"colors": ((0, 1),) * 2}, answers=(5, 5), options=((5, 6),) * 2, contexts=("a", "b"))
     refused("has 0 tokens before END that are no options", prompts=short)

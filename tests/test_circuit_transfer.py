@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,13 @@ from test_cross_patching import EPS, PROMPTS
 from torch import Tensor, nn
 
 from interp.analyses.circuit_transfer import CircuitTransferResult, circuit_transfer
-from interp.circuit import Circuit
+from interp.circuit import Circuit, Ranking
 from interp.errors import InputError
 from interp.models import HookedModel, ModelPair
 from interp.organisms import hand_built
 from interp.prompts import Prompts
 from interp.sites import Site
-from interp.stats import mcnemar
+from interp.stats import mcnemar, wilson
 from interp.sweeps.knockouts import other_circuits
 
 world = test_cross_patching.world
@@ -109,7 +110,41 @@ def test_overlap_is_counted_by_role_and_position() -> None:
     assert table.loc["everywhere", ["base", "tuned", "shared"]].tolist() == [1, 0, 0]
     assert table.loc["all", ["base", "tuned", "shared"]].tolist() == [5, 5, 2] and table.loc["all", "share_of_base"] == 0.4
     assert table.loc["writes", "chance"] == pytest.approx(2 * 3 / 12) and table.loc["all", "chance"] == pytest.approx((4 + 6) / 12)
-    assert "2 of the 5 heads of base's circuit are among the 5 of tuned's, chance 0.83" in found.summary()
+    assert "2 of the 5 heads of base's circuit are among the 5 of tuned's, chance 0.83, p = " in found.summary()
+    # at S two heads of twelve each, at END two and three, everywhere one and none
+    at_s, at_end = ([math.comb(2, i) * math.comb(10, k - i) / math.comb(12, k) for i in range(3)] for k in (2, 3))
+    two_or_more = sum(at_s[i] * at_end[j] for i in range(3) for j in range(3) if i + j >= 2)
+    assert table.loc["all", "p"] == pytest.approx(two_or_more) and table.loc["everywhere", "p"] == 1
+
+
+def test_a_head_chosen_for_two_roles_is_one_head() -> None:
+    pair, prompts = small()
+    first, second = circuits("llama")
+    twice = {"reads": Ranking({}, tuple(n for n in second.nodes if n.position == "S")), "writes": Ranking({}, second.nodes)}
+    found = circuit_transfer(pair, prompts, first, replace(second, rankings=twice), ablation="zero", random_circuits=0)
+    assert int(found.size_tuned[-1]) == len(second.nodes) == int(found.size_tuned[:-1].sum())
+
+
+def test_random_circuits_are_different_ones() -> None:
+    pair, prompts = small()
+    most = Circuit((3, 4, 2), tuple(Site("z", i, h, "END") for i in range(3) for h in range(4) if (i, h) not in ((0, 0), (2, 1))))
+    lone = Circuit((3, 4, 2), (Site("z", 1, 1, "END"), *(Site("z", 2, h, "S") for h in range(4))))
+    few = Circuit((3, 4, 2), tuple(Site("z", i, h, "END") for i in range(3) for h in range(4) if i + h < 3))  # 6 of 12: one other set
+    found = circuit_transfer(pair, prompts, few, lone, ablation="zero", random_circuits=4)
+    assert (~found.random[0, 0, 0, :, 0].isnan()).sum() == 1 and "only 1 different random circuit like base's" in found.notes
+    assert len({tuple(x) for x in found.random[2, 1, 0].tolist()}) == 4
+    row = found.to_frame().query("circuit == 'base' and side == 'base' and measure == 'accuracy'").iloc[0]
+    assert row.draws == 1 and row.random == row.random and row.random_sd != row.random_sd
+    none = circuit_transfer(pair, prompts, most, lone, ablation="zero", random_circuits=1)
+    assert "no random circuits like base's" in none.notes[-1]
+
+
+def test_an_interval_has_a_width_where_all_prompts_are_alike() -> None:
+    pair, prompts = small()
+    every = Circuit((3, 4, 2), tuple(Site("z", i, h) for i in range(3) for h in range(4)))
+    found = circuit_transfer(pair, prompts, every, circuits("llama")[1], ablation="zero", random_circuits=0)
+    ratio, right = found.ratio("base", "tuned"), int(found.full[0, 1].sum())
+    assert float(ratio.value) == 1 and (float(ratio.low), float(ratio.high)) == wilson(right, right)
 
 
 def test_the_whole_model_as_a_circuit_is_the_model_and_equal_circuits_do_alike() -> None:

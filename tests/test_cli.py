@@ -17,6 +17,7 @@ from tiny_pairs import CONTEXT, copied, pair_of_prompts, save_pair, written
 import interp.analyses
 from interp import store
 from interp.analyses import ANALYSES
+from interp.circuit import Circuit
 from interp.cli import commands, main, parsers, signatures, values
 from interp.cli import run as run_module
 from interp.errors import InputError
@@ -519,6 +520,50 @@ def test_a_file_of_prompts_is_part_of_the_command(cli, pair) -> None:
     assert cli("run", "token_divergence", *models, "--prompts=texts.jsonl", "--prompts-n=2")[0] == 0
     code, out, _ = cli("replay", next(Path("results/token_divergence").iterdir()))
     assert code == 0 and "--prompts=texts.jsonl --prompts-n=2 --bos=never" in out and "to the last bit" in out
+
+
+@pytest.fixture
+def made_elsewhere(cli, pair, tmp_path, monkeypatch):
+    """Results in a folder of their own, of files that lie where the commands were given; then we are somewhere else."""
+    names = {"token_divergence": "texts.jsonl", "circuit_overlap": "mine.json", "circuit_discovery": "stages.json"}
+    written(Path("texts.jsonl"), "The ring is red", "The ring is blue", "Alice went to the museum")
+    made = Circuit.of((4, 6, 2), {"mover": ["L2H0.z@END", "L2H1.z@END"], "previous": "L0H3.z@S1+1"})
+    made.save("mine.json")
+    Path("stages.json").write_text('{"stages": [{"role": "writer", "receivers": "logits"}]}')
+    models = ("--base", pair[0], "--tuned", pair[1])
+    assert cli("run", "token_divergence", *models, "--prompts=texts.jsonl", "--out=kept")[0] == 0
+    assert cli("run", "circuit_overlap", "--a=mine.json", "--b=mine.json", "--out=kept")[0] == 0
+    discovery = ("run", "circuit_discovery", "--model=base", "--prompts=ioi", "--prompts-n=8", "--level=0.9")
+    assert cli(*discovery, "--stages=stages.json", "--out=kept")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return {name: (next((tmp_path / "kept/results" / name).iterdir()), tmp_path / file) for name, file in names.items()}
+
+
+def test_replay_finds_files_where_they_were(cli, made_elsewhere) -> None:
+    for folder, file in made_elsewhere.values():
+        code, out, _ = cli("replay", folder)
+        assert code == 0 and "to the last bit" in out and f"={file}" in out
+    for folder, file in made_elsewhere.values():
+        file.rename(folder.parents[2] / file.name)  # beside the results they are found, too
+        code, out, _ = cli("replay", folder)
+        assert code == 0 and f"={folder.parents[2] / file.name}" in out
+
+
+def test_replay_says_that_a_file_holds_something_else(cli, made_elsewhere) -> None:
+    changed = {"token_divergence": "other prompts", "circuit_overlap": "another circuit", "circuit_discovery": "something else"}
+    for name, (folder, file) in made_elsewhere.items():
+        text = file.read_text()
+        file.write_text(text.replace("red", "new").replace("L2H1", "L2H2").replace("writer", "author"))
+        assert file.read_text() != text
+        refused(cli("replay", folder), f"{file} holds {changed[name]} now than the result {folder} was made from", results=0)
+        file.write_text(text)
+        assert cli("replay", folder)[0] == 0
+
+
+def test_a_flag_of_several_inputs_is_named_in_full(cli) -> None:
+    refused(cli("run", "circuit_discovery", "--model=base", "--task=ioi", "--n=60"), "does not take '--n=60'; nearest: --prompts-n")
+    refused(cli("run", "tuco_detection", "--n=60"), "nearest: --positive-n, --negative-n")
 
 
 def test_replay_takes_no_trust_from_a_folder(cli, kept, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,9 +21,11 @@ from interp.models import HookedModel, ModelPair
 from interp.organisms import planted
 from interp.prompts import Prompts
 from interp.sites import Site
-from interp.stats import mcnemar, paired_change
+from interp.stats import mcnemar, paired_change, wilson
+from interp.stats import recovered as plain_share
 from interp.sweeps.answers import margin
-from interp.sweeps.groups import head_sites, random_heads
+from interp.sweeps.draws import distinct, how_many, other_heads
+from interp.sweeps.groups import head_sites
 from interp.tasks import task
 
 world = test_cross_patching.world
@@ -73,7 +76,7 @@ def test_every_run_against_plain_hooks(world: Any, output: Any) -> None:
             group = rest_of(cell) if cell.startswith("+") else tuple(n for n in circuit.nodes if cell in ("circuit", circuit.roles[n]))
             runs: list[tuple[tuple[Site, ...], Tensor]] = [(group, found.patched[:, j, i])]
             if cell == "late":  # one draw, at the same position, from its layers
-                drawn = random_heads(group, pair.shape, 2, 3, cell)[1]
+                drawn = other_heads(group, circuit.nodes, pair.shape, 2, f"3 {cell}").sets[1]
                 assert len(drawn) == 2 and not set(drawn) & set(group) and {s.layer for s in drawn} <= {1, 2}
                 runs.append((drawn, found.control[:, j, i, 1]))
             for sites, values in runs:
@@ -85,8 +88,11 @@ def test_every_run_against_plain_hooks(world: Any, output: Any) -> None:
     assert (
         (flipped > 4 or output == "receiver")
         and bool(found.control[:, :, 4:].isnan().all())
-        and not bool(found.control[:, :, :4].isnan().any())
+        and not bool(found.control[:, :, [0, 2, 3]].isnan().any())
     )
+    # two of the other two heads of layer 0 at S; one of two of layer 1; two of five of layers 1 and 2 at END
+    assert found.choices == (1 * 2 * 10, 1, 2, 10, 0, 0, 0) and bool(found.control[:, :, 1, 1].isnan().all())
+    assert "of random heads the only ones there are beside early, all 2 sets there are beside wide" in found.notes[-1]
     assert found.base[0].tolist()[3] == 1 and found.tuned[0].tolist()[:3] == [1, 1, 1]
 
 
@@ -132,7 +138,7 @@ def test_a_model_into_itself_is_a_no_op(output: Any) -> None:
     for j in range(2):
         assert torch.equal(found.patched[:, j], found.base[:, None].expand_as(found.patched[:, j]))
     assert torch.equal(found.base, found.tuned) and torch.equal(
-        found.control[:, :, :4], found.base[:, None, None, None].expand(3, 2, 4, 2, 5)
+        found.control[:, :, [0, 2, 3]], found.base[:, None, None, None].expand(3, 2, 3, 2, 5)
     )
     assert found.recovered().refused and bool(found.random_heads().isnan().all()) and "too close to say which share" in found.summary()
     table = found.to_frame()
@@ -196,7 +202,7 @@ def test_tables_are_counts_by_hand() -> None:
             assert row.to_goal == pytest.approx((runs.patched - runs.goal).mean())
     single = cmap(pair, prompts, CIRCUIT["llama"], direction="base_to_tuned", control=2)
     assert torch.equal(single.patched[:, 0], found.patched[:, 1]) and torch.equal(single.base, found.base)
-    assert torch.equal(single.control[:, 0], found.control[:, 1]) and single.directions == ("base_to_tuned",)
+    assert torch.equal(single.control[:, 0].nan_to_num(), found.control[:, 1].nan_to_num()) and single.directions == ("base_to_tuned",)
     assert list(found.figures()) == [f"{m}, {d}" for m in ("accuracy", "logit_diff") for d in ("tuned to base", "base to tuned")]
     lone = Circuit.of((3, 4, 2), {"only": "L1H1.z@END"})
     bare = cmap(pair, prompts, lone, metric="accuracy", direction="tuned_to_base", control=0)
@@ -264,3 +270,71 @@ def test_half_a_circuit_without_roles_is_grouped_by_position() -> None:
     assert found.cells == ("circuit", "heads@S", "heads@END") and found.notes[-1] == "L2.mlp_out@END of the circuit not set: heads only"
     every = Circuit((3, 4, 2), tuple(s.at("END") for s in head_sites("z", pair.shape)))
     assert "no random heads beside circuit" in cmap(pair, prompts, every, direction="tuned_to_base", control=1).summary()
+
+
+def test_random_heads_are_of_the_layers_of_each_position_and_can_act() -> None:
+    """Heads at S of layer 0 are not replaced by heads of layers that END spans, and the last layer at S is read by nobody."""
+    pair, prompts = small()
+    circuit = Circuit.of((3, 4, 2), {"early": ("L0H1.z@S", "L0H3.z@S"), "late": ("L1H2.z@END", "L2H0.z@END"), "wide": "L1H0.z@S"})
+    batch = pair.batch(prompts)
+    ends = {p for p in ("S", "END") if any(e in t for e, t in zip((batch.lengths - 1).tolist(), batch.at(p), strict=True))}
+    assert "END" in ends
+    every = other_heads(circuit.nodes, circuit.nodes, pair.shape, 40, "0", {"S"})
+    for some in every.sets:
+        at = {p: [(s.layer, s.head) for s in some if s.position == p] for p in ("S", "END")}
+        assert len(at["S"]) == 3 and len(at["END"]) == 2 and {i for i, _ in at["S"]} <= {0, 1} and {i for i, _ in at["END"]} <= {1, 2}
+        assert not {(s.layer, s.head) for s in some} & {(n.layer, n.head) for n in circuit.nodes}
+    assert len({frozenset(s) for s in every.sets}) == 40 and every.there == math.comb(4, 3) * math.comb(5, 2)
+    spans = tuple(Site("z", layer, 0, "S") for layer in (0, 2))
+    assert {s.layer for some in other_heads(spans, spans, pair.shape, 99, "0", {"S"}).sets for s in some} == {0, 1}
+    assert {s.layer for some in other_heads(spans, spans, pair.shape, 99, "0").sets for s in some} == {0, 1, 2}
+    last = Circuit.of((3, 4, 2), {"x": ("L2H0.z@S", "L2H1.z@S"), "y": "L1H0.z@END"})
+    apart = replace(prompts, positions={"S": tuple((0,) for _ in range(5))})
+    found = cmap(pair, apart, last, direction="tuned_to_base", control=3)
+    assert torch.equal(found.effect("margin")[found.cells.index("x")], torch.zeros(5)), "what S writes last, nobody reads"
+    assert found.choices == (0, 3, 0) and "no random heads beside circuit, x" in found.summary()
+
+
+def test_draws_are_sets_and_no_set_comes_twice() -> None:
+    lone = distinct([("abc", 3)], 10, "0")
+    assert lone.sets == (("a", "b", "c"),) and lone.there == 1 and distinct([("ab", 3)], 10, "0").there == 0
+    some = distinct([("abcde", 2), ("xy", 1)], 19, "0")
+    assert len({frozenset(s) for s in some.sets}) == 19 and some.there == 20
+    assert len(distinct([("abcde", 2)], 10, "0", but="ab").sets) == 9 and distinct([("abcde", 2)], 0, "0").sets == ()
+    assert how_many(1, 1) == "the only ones there are" and how_many(3, 3) == "all 3 sets there are" and how_many(1, 9) == "1 draw"
+    pair, prompts = small()
+    one = cmap(pair, prompts, Circuit.of((3, 4, 2), {"a": ("L1H0.z@END", "L1H2.z@END")}), direction="tuned_to_base", control=10)
+    assert one.control.shape[3] == 1 == one.choices[0], "two of the other two heads of the layer"
+    frame = one.to_frame()
+    assert set(frame.draws) == {1} and bool(frame.control_sd.isna().all()) and bool(frame.control_effect_sd.isna().all())
+
+
+def made(patched: list[float], **changes: Any) -> CmapResult:
+    """Of 48 prompts tuned answers all and base the first 32."""
+    base, tuned = torch.tensor([[1.0] * 32 + [0.0] * 16] * 3), torch.ones(3, 48)
+    cells = torch.tensor([[[patched]]]).expand(3, 1, 1, 48)
+    fields: dict[str, Any] = {"patched": cells, "control": torch.zeros(3, 1, 1, 0, 48), "base": base, "tuned": tuned}
+    fields |= {"floor": torch.zeros(3, 1), "deviation": 0.0, "checked": 0, "sites": ("",), "heads": (4,), "choices": (0,), "rest": ()}
+    fields |= {"output": "receiver", "among": "vocabulary", "unit": "u", "draw_seed": 0, "notes": ()}
+    labels = {"measure": ("accuracy", "margin", "logit_diff"), "direction": ("tuned_to_base",), "cell": ("circuit",)}
+    return CmapResult(**{**fields, "labels": labels, **changes})
+
+
+def test_an_interval_has_a_width_where_every_answer_follows() -> None:
+    whole, nothing, most = (made([1.0] * 32 + [float(x)] * 16).recovered() for x in (1, 0, 0))
+    assert (float(whole.value[0]), float(whole.low[0]), float(whole.high[0])) == (1.0, *wilson(16, 16)), "16 of the 16 that differ"
+    assert (float(nothing.value[0]), float(nothing.low[0]), float(nothing.high[0])) == (0.0, *wilson(0, 16))
+    most = made([1.0] * 32 + [1.0] * 15 + [0.0]).recovered()
+    resampled = plain_share(torch.tensor([[1.0] * 47 + [0.0]]).T, made([1.0] * 48).base[0], torch.ones(48), seed=0)
+    assert float(most.low[0]) == float(resampled.low[0]) < 1 and "[0.81, 1.00]" in made([1.0] * 48).summary()
+    bar: Any = made([1.0] * 48).plot().data[0]
+    assert 1 - float(bar.error_y.arrayminus[0]) == pytest.approx(wilson(48, 48)[0])
+
+
+def test_random_heads_are_told_in_one_unit() -> None:
+    """Two draws that answer 36 and 40 of 48: 4 and 8 of the 16 that tuning gained."""
+    control = torch.tensor([[[[[1.0] * k + [0.0] * (48 - k) for k in (36, 40)]]]]).expand(3, 1, 1, 2, 48)
+    row = made([1.0] * 48, control=control, choices=(9,)).to_frame().iloc[0]
+    assert (row.control, row.control_sd) == pytest.approx((0.375, (0.5 - 0.25) / 2**0.5)) and (row.draws, row.sets) == (2, 9)
+    assert (row.control_effect, row.control_effect_sd) == pytest.approx((6 / 48, 4 / 48 / 2**0.5))
+    assert "random heads 0.38 +- 0.18 (2 draws)" in made([1.0] * 48, control=control, choices=(9,)).summary()

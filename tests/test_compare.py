@@ -32,7 +32,8 @@ FEW = {
     **dict.fromkeys(("activation_patching", "cross_patching", "path_patching", "edge_attribution"), 2),
     **dict.fromkeys(("tuco", "tuco_detection"), 3),
     **dict.fromkeys(("circuit_discovery", "circuit_overlap"), 8),
-    **dict.fromkeys(("circuit_evaluation", "cmap"), 4),
+    **dict.fromkeys(("circuit_evaluation", "circuit_transfer", "cmap", "attention_knockout"), 4),
+    **dict.fromkeys(("dcm", "cross_dcm"), 12),
 }
 
 
@@ -78,7 +79,7 @@ def test_the_plan_names_analyses_and_every_effort() -> None:
     for row in PLAN:
         assert (row.source is None) == (not row.prompts) and set(row.prompts) <= {"quick", "normal", "full"}
         if row.prompts:
-            assert row.prompts["quick"] < row.prompts["normal"] < row.prompts["full"]
+            assert row.prompts.get("quick", 0) < row.prompts["normal"] < row.prompts["full"]
         more, less = (row.work(Sizes(prompts=n, length=9, places=2, layers=3, heads=4)) for n in (20, 10))
         assert more.tokens >= less.tokens and more.saved > 0
 
@@ -107,8 +108,8 @@ def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, m
     words = (*pair, "--task=ioi", "--prompts", pairs_file, "--out=o")
     code, out, err = cli(*words)
     assert (code, err) == (0, "")
-    certain = [row.analysis for row in PLAN if not row.demanding]
-    assert "left out: circuit_discovery" in out and "needs at least 6" in out and out.count("left out") == 1
+    certain = [row.analysis for row in PLAN if not row.demanding or row.analysis == "attention_knockout"]  # it asks for no options
+    assert "left out: circuit_discovery" in out and "at least 6" in out and out.count("left out") == 1
     folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
     assert sorted(f.parent.name for f in folders) == sorted(certain)
     page = Path("o/report.html").read_text()
@@ -208,12 +209,13 @@ def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, m
 def test_circuits_are_searched_and_evaluated_on_fresh_prompts(cli, monkeypatch) -> None:
     from interp import store
 
-    sizes = {"circuit_discovery": 16, "circuit_evaluation": 3, "circuit_overlap": 16, "cmap": 24}
-    rows = [dataclasses.replace(row, prompts=dict.fromkeys(row.prompts, sizes[row.analysis])) for row in PLAN if row.demanding]
+    sizes = {"circuit_discovery": 16, "circuit_evaluation": 3, "circuit_overlap": 16, "circuit_transfer": 12, "cmap": 24}
+    sizes |= {"dcm": 24, "cross_dcm": 24}
+    rows = [dataclasses.replace(row, prompts=dict.fromkeys(row.prompts, sizes[row.analysis])) for row in PLAN if row.analysis in sizes]
     monkeypatch.setattr(COMPARE, "PLAN", tuple(rows))
     code, out, err = cli("--task=boxes", "--out=o")
     assert (code, err) == (0, "")
-    search, evaluation, overlap, crossed = (store.load(store.saved(Path("o/results") / name)[0]) for name in sizes)
+    search, evaluation, overlap, transfer, crossed, *_ = (store.load(store.saved(Path("o/results") / name)[0]) for name in sizes)
     assert evaluation.labels["node"] == tuple(map(str, search.circuit("base").nodes)) and evaluation.sides == ("base", "tuned")
     asked = {entry["parameter"]: entry for entry in evaluation.meta.inputs}
     assert (asked["prompts"]["task"], asked["prompts"]["n"], asked["prompts"]["seed"]) == ("boxes", 3, 1)
@@ -222,15 +224,31 @@ def test_circuits_are_searched_and_evaluated_on_fresh_prompts(cli, monkeypatch) 
     assert crossed.directions == ("tuned_to_base",) and crossed.heads[0] == len(search.circuit("tuned").nodes)
     fed = {entry["parameter"]: entry for entry in crossed.meta.inputs}
     assert (fed["circuit"]["digest"], fed["prompts"]["seed"]) == (search.circuit("tuned").digest, 1)
+    assert [int(x[-1]) for x in (transfer.size_base, transfer.size_tuned)] == [len(search.circuit(s).nodes) for s in ("base", "tuned")]
+    variables = [f"boxes(corrupt={what})" for what in ("object", "label", "position")]
+    for name in ("dcm", "cross_dcm"):
+        masks = [store.load(folder) for folder in store.saved(Path("o/results") / name)]
+        where = [{entry["parameter"]: entry for entry in mask.meta.inputs} for mask in masks]
+        assert sorted(entry["prompts"]["task"] for entry in where) == sorted(variables)
+        assert {entry["circuit"]["digest"] for entry in where} == {search.circuit("tuned").digest}
+        assert [m["side"] for m in masks[0].meta.models] == (["model"] if name == "dcm" else ["base", "tuned"])
+        assert not set(masks[0].contexts) & set(search.contexts)
     told = json.loads(Path("o/report.json").read_text())
     assert any(line.startswith(f"The {crossed.heads[0]} heads of tuned's circuit, set in base, ") for line in told["verdict"])
     for start in ("Searched stage by stage on boxes: base: ", "The circuit of base does alone ", f"Base's circuit has {len(base)} heads"):
         assert any(line.startswith(start) for line in told["verdict"]), start
     for result in told["results"]:  # every command of the page gives what is on it
         assert main([*result["command"][1:], "--out=alone"]) == 0
-        names = [store.saved(Path(o) / "results" / result["analysis"])[0].name for o in ("o", "alone")]
-        assert names[0] == names[1]
+        names = [{folder.name for folder in store.saved(Path(o) / "results" / result["analysis"])} for o in ("o", "alone")]
+        assert names[1] <= names[0]
     assert main(["compare", "--task=boxes", "--out=o", "--only=circuit_overlap"]) == 2, "there is nothing to compare"
+
+
+def test_a_row_that_an_effort_has_not_is_left_out(cli) -> None:
+    code, out, err = cli("--task=boxes", "--only=pair_check,dcm", "--effort=quick", "--out=o")
+    assert (code, err) == (0, "") and "left out: dcm: it is part of effort normal and full, not of quick" in out
+    code, out, _ = cli("--task=ioi", "--only=pair_check,circuit_transfer,cross_dcm", "--out=o2")
+    assert code == 0 and "circuit_transfer: it takes what circuit_discovery finds" in out and "left out: cross_dcm" not in out
 
 
 def test_chats_are_asked_where_the_tuned_model_has_a_template(capsys) -> None:

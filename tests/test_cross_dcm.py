@@ -158,6 +158,19 @@ def test_an_adapter_is_its_merged_folder(tmp_path: Any) -> None:
         assert one.loss.std() > 1e-3 and one.chosen == two.chosen
 
 
+def test_only_the_sender_is_asked_where_both_read_the_same_prompts(recwarn: pytest.WarningsRecorder) -> None:
+    built = hand_built("offset_copy")
+    prompts: Any = built.task.generate(built.model, 60, seed=0)
+    reads = broken(built, "W_V", [(2, 1)])
+    found = cross_dcm(reads, prompts, source="clean", group="L2H0,L2H1@END", control=0)
+    assert found.solved.startswith("tuned answers 100% of") and "base answers" not in found.solved
+    assert not any("may be no variable" in str(w.message) for w in recwarn) and "may be no variable" not in found.summary()
+    back = cross_dcm(reads, prompts, source="clean", group="L2H0,L2H1@END", direction="base_to_tuned", control=0)
+    assert back.solved.startswith("base answers ")
+    with pytest.raises(InputError, match="the circuit was found on these prompts"):
+        cross_dcm(reads, prompts, replace(built.circuit, prompts=None, contexts=prompts.contexts[:2]))
+
+
 def test_refusals() -> None:
     pair = ModelPair(*(HookedModel.load(tiny("llama", seed=i)) for i in (1, 2)))
 

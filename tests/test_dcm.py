@@ -16,6 +16,7 @@ from tiny_checkpoints import FOUR, tiny
 from torch import Tensor, nn
 
 from interp.analyses.dcm import DCMResult, dcm
+from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.models import HookedModel, masked
 from interp.models.loading import memory_fingerprint
@@ -229,7 +230,16 @@ def test_nothing_is_found_where_nothing_carries_it() -> None:
     result = dcm(built.model, built.task.generate(built.model, 60, seed=1), group=idle)
     assert result.chosen == () and result.heads is None and not result.circuit.nodes and result.strongest() is None
     assert result.accuracy == result.floor == result.ceiling == 0 and result.alone.shape[0] == result.control.shape[0] == 0
-    assert result.summary().startswith("0 of 6 heads carry the variable: no mask beat doing nothing")
+    assert result.summary().startswith("0 of 6 heads are selected: no mask beat doing nothing on the ")
+    why = result.why_none(0)
+    assert set(result.to_frame().why_none) == {why} and "0.0%, 0.0% with nothing mixed in" in why
+    titles = [figure.layout.title.text.replace("<br>", " ") for figure in result.figures().values()]
+    assert any("none is selected: no mask beat doing nothing" in t for t in titles) and not any("selected above" in t for t in titles)
+    # The mask may be far below one half all the same: then the table says what else was asked of it.
+    low = replace(result, mask=torch.full_like(result.mask, 0.25))
+    assert set(low.to_frame().why_none) == {why} and not low.to_frame().selected.any()
+    idle_mask = replace(result, validation=result.validation + 0.5)
+    assert "mixes no head by more than one half" in idle_mask.why_none(0)
     assert result.plot() is not None and len(result.to_frame()) == 6
 
 
@@ -278,9 +288,56 @@ def test_parts_share_no_context() -> None:
 
 
 def test_random_subsets() -> None:
-    found = random_subsets(9, 4, 6, 0)
-    assert [int(s.sum()) for s in found] == [4] * 6 and len({tuple(s.tolist()) for s in found}) > 1
-    assert random_subsets(9, 0, 6, 0) == random_subsets(9, 9, 6, 0) == []
+    def chosen(n: int, k: int) -> Tensor:
+        return torch.arange(n) < k
+
+    found, there = random_subsets(chosen(9, 4), 6, 0)
+    assert [int(s.sum()) for s in found] == [4] * 6 and len({tuple(s.tolist()) for s in found}) == 6 and there == math.comb(9, 4) - 1
+    assert random_subsets(chosen(9, 0), 6, 0) == ([], 0) == random_subsets(chosen(9, 9), 6, 0)
+    found, there = random_subsets(chosen(12, 11), 10, 0)  # no two alike, and none is the selection
+    assert len({tuple(s.tolist()) for s in found}) == 10 and there == 11 and all(bool(s[11]) for s in found)
+    assert len(random_subsets(chosen(3, 2), 10, 0)[0]) == 2
+
+
+def test_few_random_heads_are_told() -> None:
+    built = hand_built("ioi")
+    pairs = built.task.generate(built.model, 60, seed=1)
+    result = dcm(built.model, pairs, group="L2H0,L2H1,L3H2,L3H3@END", control=10)
+    assert len(result.chosen) == 3 and result.choices == 3 == len(result.control)
+    assert (
+        "with as many random ones (all 3 sets there are)" in result.summary() and "there are 3 other sets in the group" in result.summary()
+    )
+    every = dcm(built.model, pairs, group="L2H0,L2H1,L3H2@END", control=10)
+    assert len(every.chosen) == 3 and every.choices == 0 and "the whole group is selected, and there is no other set" in every.summary()
+
+
+def test_a_group_of_a_circuit_and_contexts_it_has_not_seen() -> None:
+    built = hand_built("ioi")
+    pairs = built.task.generate(built.model, 60, seed=1)
+    found = replace(built.circuit, prompts=None, contexts=("elsewhere",))
+    role = found.roles[Site("z", 3, 2, "END")]
+    own = dcm(built.model, pairs, found, group=role, control=0)
+    assert list(own.labels["head"]) == [str(n) for n in found.nodes if found.roles.get(n) == role and n.component == "z"]
+    assert list(dcm(built.model, pairs, found, control=0).labels["head"]) == [str(n) for n in found.nodes if n.component == "z"]
+    assert dcm(built.model, pairs, found, group="L3H2,L3H3@END", control=0).labels["head"] == ("L3H2.z@END", "L3H3.z@END")
+    with pytest.raises(InputError, match=r"the circuit was found on these prompts \(1 of their contexts"):
+        dcm(built.model, pairs, replace(found, contexts=pairs.contexts[:1]), group=role)
+    with pytest.raises(InputError, match="the circuit is of a model with"):
+        dcm(built.model, pairs, Circuit((1, 2, 2), (Site("z", 0, 0, "END"),)))
+
+
+def test_counterfactuals_that_ask_for_nothing_are_refused() -> None:
+    model = HookedModel.load("base")
+    pairs = task("boxes(corrupt=absent)").generate(model, 12, seed=0)
+    with pytest.raises(InputError, match="of boxes.corrupt=absent. have no answer, .* take corrupt=object, label or position"):
+        dcm(model, pairs)
+    with pytest.raises(InputError, match="the counterfactuals have no answer, .* take counterfactuals that have one"):
+        dcm(model, replace_pairs(pairs))
+
+
+def replace_pairs(pairs: Any) -> PromptPairs:
+    """The same without their task."""
+    return PromptPairs(replace(pairs.clean, task="", seed=None), replace(pairs.corrupt, task="", seed=None))
 
 
 def test_the_default_group(llama: HookedModel) -> None:

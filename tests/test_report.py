@@ -285,3 +285,16 @@ def test_coloured_tokens() -> None:
     assert "background" not in str(spans[3]["style"])
     assert text.count("<br>") == 1 and "<b>" not in text.replace('title="0: ·<b>', "")
     assert isinstance(cells(ToyPair(), ToyPrompts()), CellsResult)
+
+
+def test_labels_of_bars_are_whole_and_whole_numbers_have_whole_ticks() -> None:
+    roles = ["circuit (11)", "position_detector (3)", "position_transmitter (2)", "value_fetcher (6)"]
+    standing: Any = plots.bars(roles, {"heads": [1, 2, 3, 4]}, horizontal=False)
+    assert list(standing.layout.xaxis.ticktext) == roles and standing.layout.xaxis.tickangle == 90
+    assert standing.layout.height > plots.bars(["a"], {"heads": [1]}).layout.height
+    rows = [f"position_transmitter position, of {a} in {b}" for a in ("base", "boxes-tuned") for b in ("base", "boxes-tuned")]
+    lying: Any = plots.bars(rows, {"ours": [1, 2, 3, 4]}, horizontal=True)
+    assert [text.replace("<br>", " ") for text in lying.layout.yaxis.ticktext] == rows and len(set(lying.layout.yaxis.ticktext)) == 4
+    assert plots.lines({"a": [1, 2, 3, 4]}).layout.xaxis.dtick == 1
+    assert plots.lines({"a": [1, 2]}, [0.5, 1.0]).layout.xaxis.dtick is None
+    assert plots.lines({"a": list(range(90))}).layout.xaxis.dtick is None

@@ -14,6 +14,7 @@ from tiny_checkpoints import FOUR, sharp
 from torch import Tensor
 
 from interp import organisms, roles
+from interp.analyses import head_roles as roles_of
 from interp.analyses.head_roles import HeadRolesResult, head_roles
 from interp.cli import main
 from interp.errors import InputError
@@ -192,6 +193,28 @@ def test_movers_and_inhibition_heads() -> None:
     by_place = head_roles(made.model, pairs, n=6, answer="IO")
     assert torch.equal(by_place.looks.nan_to_num(), result.looks.nan_to_num())
     assert head_roles(made.model, pairs.clean, n=6).named() == found
+
+
+def test_prompts_of_one_context_count_once() -> None:
+    """Ten times the same prompts, one context of them twice as often: the same names, means, intervals and tests."""
+    made = organisms.hand_built("ioi")
+    pairs = made.task.generate(made.model, 9, seed=3)
+    pairs = pairs[[pairs.contexts.index(c) for c in dict.fromkeys(pairs.contexts)]]
+    k = len(pairs)
+    once, often = (head_roles(made.model, p, n=4) for p in (pairs, pairs[[*range(k), 0] * 10]))
+    assert once.named() == often.named() and once.named()["mover"] == [(3, 2)]
+    a, b = (r.to_frame().query("role not in @roles.PATTERNS") for r in (once, often))
+    for name in ("effect", "effect_se", "score", "low", "high", "beside", "p", "p_adjusted", "direct"):
+        assert b[name].to_numpy() == pytest.approx(a[name].to_numpy(), abs=1e-5), name
+    assert f"and {k} prompts" in once.summary() and f"and {k} contexts of {10 * (k + 1)} prompts" in often.summary()
+    table = often.to_frame(per="prompt")
+    assert len(table[table.role == "mover"]) == 24 * 10 * (k + 1), "every prompt is in the table of prompts"
+
+
+def test_contexts_weigh_the_same_over_the_prompts_that_have_a_value() -> None:
+    values = torch.tensor([[1.0, 3.0, float("nan"), 5.0, float("nan")], [2.0, 4.0, float("nan"), 0.0, float("nan")]]).double()
+    found = roles_of._means(values, torch.tensor([0, 0, 0, 1, 2]))
+    assert found.tolist() == [[2.0, 5.0], [3.0, 0.0]]
 
 
 def test_a_head_that_only_counts_tokens_is_no_induction_head(monkeypatch: Any) -> None:

@@ -203,6 +203,11 @@ def test_published_numbers_stand_beside_their_rows() -> None:
     assert (frame.low["base"], frame.high["base"]) == wilson(2, 4) and bool(frame.published[["odd"]].isna().all())
     assert bool(frame.low[["boxes-lora"]].isna().all()), "heads are counted, not drawn"
     assert "base 0.50 [0.15, 0.85]; 4 shares, 3 of them" in found.summary()
+    ranged = tables.entity_tracking(pair, boxes(pair, 4, 0).clean, {"blocked from layer 0: END to query_label, base": [1, 0]})
+    row = ranged.to_frame().iloc[0]
+    assert (row.published, row.published_to) == pytest.approx((0.35, 0.39)) and "0.35-0.39" in tables.printed(ranged)
+    ends = ranged.plot().data[1].error_x
+    assert (float(ends.array[0]), float(ends.arrayminus[0])) == pytest.approx((0.04, 0), abs=1e-6)
     assert len(found.to_frame("prompt")) == 13 and len(found.figures()) == 4 and "0.82" in tables.printed(found)
 
 
@@ -220,11 +225,15 @@ def test_the_answer_follows_from_the_numbers() -> None:
     def share(low: float, high: float, refused: str | None = None) -> Any:
         return SimpleNamespace(low=torch.tensor([low]), high=torch.tensor([high]), refused=refused)
 
-    assert entity.decision(0.01, share(0.6, 0.9)) == "the circuit that was there was made better"
-    assert entity.decision(0.2, share(0.6, 0.9)).startswith("whether the circuit is new cannot be told")  # overlap as by chance
-    assert entity.decision(0.01, share(0.4, 0.9)).startswith("whether the circuit is new cannot be told")
-    assert entity.decision(0.01, share(0.1, 0.4)).startswith("most of the gain is not in the circuit")
-    assert entity.decision(0.01, share(0.6, 0.9, "no difference")).startswith("whether the circuit is new cannot be told")
+    whole, part = SimpleNamespace(low=0.7, refused=None), SimpleNamespace(low=0.0, refused=None)
+    assert entity.decision(0.01, share(0.6, 0.9), whole) == "the circuit that was there was made better"
+    for alone in (part, SimpleNamespace(low=0.9, refused="too close")):  # what does nothing alone is not the mechanism
+        said = entity.decision(0.01, share(0.6, 0.9), alone)
+        assert "made better cannot be told" in said and "heads that base's circuit has already" in said
+    assert entity.decision(0.2, share(0.6, 0.9), whole).startswith("whether the circuit is new cannot be told")  # overlap as by chance
+    assert entity.decision(0.01, share(0.4, 0.9), whole).startswith("whether the circuit is new cannot be told")
+    assert entity.decision(0.01, share(0.1, 0.4), whole).startswith("most of the gain is not in the circuit")
+    assert entity.decision(0.01, share(0.6, 0.9, "no difference"), whole).startswith("whether the circuit is new cannot be told")
 
 
 def test_ways_of_telling_that_break_a_position_are_told_from_those_that_do_not() -> None:
@@ -237,11 +246,29 @@ def test_ways_of_telling_that_break_a_position_are_told_from_those_that_do_not()
     assert entity.broken(found) == [told]
 
 
-def test_the_list_is_added_to_a_circuit_and_nothing_is_lost() -> None:
+def test_heads_are_added_to_a_circuit_and_nothing_is_lost() -> None:
     own = Circuit((4, 6, 2), (Site("z", 1, 3, "END"), Site("z", 0, 2, "objects")), roles={Site("z", 1, 3, "END"): "mover"})
-    more = entity.with_list(own)
+    more = entity.joined(own, entity.at_list(own), "list")
     assert set(own.nodes) < set(more.nodes) and len(more.nodes) == 1 + 4 * 6 * 2
     assert more.roles[Site("z", 1, 3, "END")] == "mover" and more.roles[Site("z", 3, 5, "labels")] == "list"
+    first = entity.joined(own, entity.of_layer(own, 0), "layer")
+    assert set(first.nodes) == {Site("z", 1, 3, "END"), *(Site("z", 0, h) for h in range(6))}, "a head at all tokens is there once"
+    tried = entity.additions(own)
+    assert tried["circuit"] is own and len(tried) == 1 + 4 + 6 + 3 and len(tried["+ L0H2"].nodes) == 2
+    assert len(tried["+ layer 0 + all heads at END"].nodes) == 6 + 3 * 6
+
+
+def test_what_a_circuit_lacks_is_told_from_the_numbers() -> None:
+    kept = {"circuit": 0.05, "+ layer 0": 0.6, **{f"+ layer {i}": 0.04 for i in (1, 2, 3)}, "+ L0H0": 0.1, "+ L0H3": 0.16}
+    kept |= {"+ list": 0.13, "+ all heads at END": 0.1, "+ layer 0 + all heads at END": 0.86}
+    rows = {f"alone, and with more, base: {what}": [1] * round(10 * x) + [0] * (10 - round(10 * x)) for what, x in kept.items()}
+    pair = ModelPair.load("base", "boxes-tuned")
+    found = tables.entity_tracking(pair, boxes(pair, 4, 0).clean, rows)
+    told = entity.lacking(SimpleNamespace(kept={"base": kept}), found, "base")  # type: ignore[arg-type]
+    assert "keeps 5% (0% answered)" in told and "tokens 60% (60% answered)" in told and "above 16% (L0H3)" in told
+    assert "the heads of another layer not above 4%" in told and told.endswith("many heads of the first layer together.")
+    spread = SimpleNamespace(kept={"base": {**kept, "+ L0H3": 0.5}})
+    assert entity.lacking(spread, found, "base").endswith("what it lacks is not in one place.")  # type: ignore[arg-type]
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -173,6 +174,28 @@ def test_lists_read_well() -> None:
     assert (_join(["a"]), _join(["a", "b"]), _join(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
 
 
+def test_heads_of_circuits_are_counted_once_whatever_their_stages() -> None:
+    """One head in two stages is one head, and contexts that come twice are not two prompts."""
+    from interp.analyses.circuit_evaluation import circuit_evaluation
+    from interp.analyses.circuit_overlap import circuit_overlap
+    from interp.circuit import Circuit, Ranking
+    from interp.organisms import hand_built
+    from interp.sites import parse_sites
+
+    sites = parse_sites(["L0H3.z@END", "L1H2.z@END", "L0H3.z@S2"])
+    chosen = {"mover": tuple(sites[:2]), "inhibition": tuple(sites[1:])}
+    circuit = Circuit((4, 6, 3), tuple(sites), roles={sites[0]: "mover"}, rankings={r: Ranking({}, some) for r, some in chosen.items()})
+    overlap = circuit_overlap(circuit, Circuit.of((4, 6, 3), {"mover": "L0H3.z@END"}))
+    assert int(overlap.size_a[overlap.main]) == 4
+    (told,) = [line for line in verdict([overlap]) if "circuit has" in line]
+    assert told.startswith("Base's circuit has 2 heads and tuned's 1; 1 is in both, where chance gives 0.083 (p = 0.083)")
+    made = hand_built("ioi")
+    pairs = made.task.generate(made.model, 8)[[0, 1, 2, 3, 4, 5, 0, 1, 2]]
+    few: Any = {"completeness_random": 0, "greedy": 0, "random_circuits": 0, "ablation": "zero"}
+    (told,) = verdict([circuit_evaluation(made.model, pairs, made.circuit, **few)])
+    assert f"(n = {len(set(pairs.contexts))} contexts of 9 prompts)" in told
+
+
 def test_what_a_circuit_brings_across_is_told_with_its_share_or_without_one() -> None:
     from interp.analyses.cmap import CmapResult
 
@@ -181,7 +204,8 @@ def test_what_a_circuit_brings_across_is_told_with_its_share_or_without_one() ->
         draws = torch.full((3, 1, 1, 2, n), torch.nan) if control is None else right(control)[:, None, None, None].expand(3, 1, 1, 2, n)
         result = CmapResult(
             patched=right(patched)[:, None, None], control=draws, base=right(base), tuned=right(tuned), floor=torch.zeros(3, 1),
-            deviation=0.0, checked=0, sites=("",), heads=(5,), rest=(), output="receiver", among="vocabulary", unit="logit", draw_seed=0,
+            deviation=0.0, checked=0, sites=("",), heads=(5,), choices=(9,), rest=(),
+            output="receiver", among="vocabulary", unit="logit", draw_seed=0,
             notes=(), labels={"measure": ("accuracy", "margin", "logit_diff"), "direction": ("tuned_to_base",), "cell": ("circuit",)},
         )  # fmt: skip
         return stamped(result, "cmap")

@@ -19,9 +19,10 @@ from interp.progress import progress
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import Heads
-from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, recovered, standard_error
+from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, standard_error
 from interp.sweeps import floor, run
-from interp.sweeps.answers import Among, above_chance, measures, names, readers
+from interp.sweeps.answers import Among, above_chance, means, measures, names, readers
+from interp.sweeps.answers import share as share_of
 from interp.tasks.base import Stream
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class AttentionKnockoutResult(Result):
         """
         m, s = self._at(measure, side)
         whole = self.intact[m, s]
-        found = recovered(self.blocked[m, s].movedim(-1, 0), whole, torch.zeros_like(whole), seed=self.draw_seed)
+        goal = torch.zeros_like(whole)
+        found = share_of(self.blocked[m, s].movedim(-1, 0), whole, goal, of_answers=measure == "accuracy", seed=self.draw_seed)
         near = f"the measure of the intact model is {plus_minus(whole)}, within two standard errors of 0"
         return replace(found, refused=near) if found.refused else found
 
@@ -110,7 +112,7 @@ class AttentionKnockoutResult(Result):
     def summary(self) -> str:
         """The key whose blocking costs most, the layer until which it is needed, and its control, in each model."""
         told = [self._told(side) + (f" in {side}" if len(self.sides) > 1 else "") for side in reversed(self.sides)]
-        how = f"in {self.width} layers" if self.width else "in that layer and all after it"
+        how = f"in {_layers(self.width)} at a time" if self.width else "in that layer and all after it"
         which = "all heads" if self.heads == "all" else self.heads
         noise = f"rounding moves the margin by up to {float(self.floor[1].max()):.1g}"
         end = "; ".join([f"blocked {how}, {which}", f"right among {self.among}", f"n = {self.intact.shape[2]} prompts", noise, *self.notes])
@@ -121,7 +123,8 @@ class AttentionKnockoutResult(Result):
         effect = self.effect("accuracy", side).double().mean(-1)
         key, layer = divmod(int(effect.abs().argmax()), effect.shape[1])
         name, whole = self.labels["key"][key], self.intact[m, s]
-        where = f"in the layers from {layer}" if self.width else f"from layer {layer} on"
+        last = min(layer + self.width, effect.shape[1]) - 1
+        where = f"from layer {layer} on" if not self.width else f"in layer {layer}" if last == layer else f"in layers {layer} to {last}"
         main = f"without {name} {where} the accuracy is {_mean(self.blocked[m, s, key, layer])} instead of {_mean(whole)}"
         draws = self.control[m, s, key, layer].double().mean(-1)
         random = f", random tokens {float(draws.mean()):.2f}" if len(draws) and not bool(draws.isnan().any()) else ""
@@ -208,7 +211,7 @@ class AttentionKnockoutResult(Result):
 
     def _lines(self, measure: str, side: str) -> go.Figure:
         m, s = self._at(measure, side)
-        found = bootstrap(self.blocked[m, s].movedim(-1, 0), seed=self.draw_seed)
+        found = means(self.blocked[m, s].movedim(-1, 0), of_answers=measure == "accuracy", seed=self.draw_seed)
         shown = self._shown(m, s)
         series = {self.labels["key"][k]: found.value[k] for k in shown}
         bands = {self.labels["key"][k]: (found.low[k], found.high[k]) for k in shown}
@@ -217,11 +220,17 @@ class AttentionKnockoutResult(Result):
         if bool(there.any()):
             each = draws[there].movedim(1, 0).flatten(1)
             series["random tokens"], bands["random tokens"] = each.mean(-1), (each.amin(-1), each.amax(-1))
-        whole = bootstrap(self.intact[m, s], seed=self.draw_seed)
+        whole = means(self.intact[m, s], of_answers=measure == "accuracy", seed=self.draw_seed)
         layers = self.blocked.shape[3]
         name = side if len(self.sides) > 1 else "nothing blocked"
         series[name], bands[name] = whole.value.expand(layers), (whole.low.expand(layers), whole.high.expand(layers))
-        window = f"in {self.width} layers from this one" if self.width else "from this layer on"
+        window = (
+            "from this layer on"
+            if not self.width
+            else f"in {_layers(self.width)} from this one"
+            if self.width > 1
+            else "in this layer alone"
+        )
         return plots.lines(
             series,
             bands=bands,
@@ -236,7 +245,7 @@ class AttentionKnockoutResult(Result):
         return sorted(size.argsort(descending=True, stable=True)[:many].tolist())
 
 
-@analysis(version=1)
+@analysis(version=2)
 def attention_knockout(
     model: HookedModel | ModelPair,
     prompts: Prompts | PromptPairs,
@@ -279,6 +288,7 @@ def attention_knockout(
     read, shape = readers(prompts, metric, among), model.shape
     layers = _blocked_heads(heads, width, shape)
     blocked = keys or _keys(asked, query)
+    _in_sight(asked, query, blocked)
     asked, drawn, lone = _with_random(asked, query, blocked, control, seed)
     models = dict(model.sides())
     above_chance(asked, models)
@@ -369,6 +379,27 @@ def _with_random(
             chosen = zip(streams, pools, tokens, strict=True)
             more[name] = tuple(tuple(sorted(stream.sample(pool, len(own)))) for stream, pool, own in chosen)
     return replace(prompts, positions={**prompts.positions, **more}), drawn, lone
+
+
+def _in_sight(prompts: Prompts, query: str, keys: Sequence[str]) -> None:
+    """Refuse keys behind the query.
+
+    Raises:
+        InputError: it names both, and a prompt.
+    """
+    batch = prompts.batch()
+    asked = batch.at(_place(query))
+    for key in keys:
+        for row, (own, query_at) in enumerate(zip(batch.at(_place(key)), asked, strict=True)):
+            if own and query_at and max(own) > min(query_at):
+                where = f"token {max(own)} against token {min(query_at)} in prompt {row}"
+                raise InputError(
+                    f"a query sees nothing behind it, and the key {key} comes after the query {query} ({where}); block a key before it"
+                )
+
+
+def _layers(width: int) -> str:
+    return f"{width} layer{'s' * (width != 1)}"
 
 
 def _place(position: str) -> str | int:

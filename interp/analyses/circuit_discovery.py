@@ -175,7 +175,8 @@ class CircuitDiscoveryResult(Result):
                     of[site] = carried
             taken = self.chosen[i, k].nonzero().tolist()
             chosen.setdefault(stage.role, []).extend(Site("z", layer, head, stage.at) for layer, head in taken)
-        return {role: Ranking(scores[role], tuple(chosen[role])) for role in scores}
+        stages = Stages.parse(self.stages)
+        return {role: Ranking(scores[role], tuple(chosen[role]), *stages.sends(role)) for role in scores}
 
     def _edges(self, i: int) -> list[Edge]:
         start = f"{self.sides[i]} "
@@ -230,7 +231,8 @@ class CircuitDiscoveryResult(Result):
             of = f"{side}: " if len(self.sides) > 1 else ""
             heads = len({(s.layer, s.head) for s in self.circuit(side).nodes})
             apart = f"clean - corrupt {plus_minus(self._mean(self.clean[i] - self.corrupt[i]))}"
-            parts.append(f"{of}{heads} heads carry {self.metric} ({apart}): {'; '.join(told) or 'none beyond noise'}")
+            carry = "1 head carries" if heads == 1 else f"{heads} heads carry"
+            parts.append(f"{of}{carry} {self.metric} ({apart}): {'; '.join(told) or 'none beyond noise'}")
         if len(self.sides) == 2:
             base, tuned = (set(self.circuit(side).nodes) for side in self.sides)
             parts.append(f"{len(base & tuned)} of {len(base | tuned)} heads at positions are in both circuits")
@@ -477,8 +479,8 @@ def _refuse(prompts: PromptPairs, judge: Metric, level: float) -> None:
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise InputError(f"level is {level!r}, expected a number between 0 and 1, such as 0.05")
     if (count := len(set(prompts.contexts))) < FEWEST:
-        contexts = f"{count} context{'s' if count != 1 else ''}"
+        came = f"{len(prompts)} prompt{'s' if len(prompts) != 1 else ''} of {count} context{'s' if count != 1 else ''} came"
         raise InputError(
-            f"these {len(prompts)} prompts have {contexts}, and the search needs at least {FEWEST}: fewer cannot tell a head from noise; "
-            "take more, and keep others for the evaluation: prompts.split()"
+            f"circuit_discovery needs prompts of at least {FEWEST} contexts, since fewer cannot tell a head from noise, but {came}; "
+            "the evaluation takes others, as prompts.split() keeps them apart"
         )

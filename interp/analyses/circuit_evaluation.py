@@ -183,7 +183,7 @@ class CircuitEvaluationResult(Result):
         if len(self.sides) > 1 and not (change := self.change()).refused:
             told.insert(0, f"faithfulness changed by {change.at()}")
         how = [f"{self.ablation} ablation", f"n = {self.n}", self.exactness]
-        return f"The circuit of {len(self.order)} nodes: {'; '.join(told)} ({'; '.join(how)})"
+        return f"The circuit of {len(self.order)} node{'' if len(self.order) == 1 else 's'}: {'; '.join(told)} ({'; '.join(how)})"
 
     def _told(self, side: str) -> str:
         i, share = self._side(side), self.faithfulness(side)
@@ -326,7 +326,7 @@ class CircuitEvaluationResult(Result):
             found = self._share(effect, i, self.judged) if resolved else bootstrap(effect, seed=self.draw_seed)
             series[side], intervals[side] = found.value, (found.low, found.high)
         scale = float(self._mean(self.full).double().mean(-1).abs().min()) if resolved else 1.0
-        others = "other nodes chosen for it" if self.minimality == "greedy" else "the others of its role"
+        others = "other nodes chosen for it" if self.minimality == "greedy" else "the other heads of its role"
         return plots.bars(
             [f"{node} {role}" for node, role in zip(self.labels["node"], self.roles, strict=True)],
             series,
@@ -338,7 +338,7 @@ class CircuitEvaluationResult(Result):
         )
 
 
-@analysis(version=2)
+@analysis(version=3)
 def circuit_evaluation(
     model: HookedModel | ModelPair,
     prompts: Prompts | PromptPairs,
@@ -367,9 +367,10 @@ def circuit_evaluation(
       a growing circuit, and for random circuits with as many heads at each position, none of them its own there.
     - *Completeness*: F(C without K) beside F(M without K), where M loses nothing but K. K is each role, random subsets, and subsets
       sought greedily for a wide gap; the gap of the last is the widest found on these prompts, so it is rather too large.
-    - *Minimality*: what F(C without K) changes by when a node goes too. K is the others of its role by default. A node that
-      rests while another works (a backup) shows with none of them; ``minimality="greedy"`` looks for the K that makes each
-      node matter, on one half of the contexts, and judges it on the other.
+    - *Minimality*: what F(C without K) changes by when a node goes too. K is the other heads of its role by default; the same head
+      at another position stays, since one may carry what the other reads. A node that rests while another works (a backup) shows with
+      none of them; ``minimality="greedy"`` looks for the K that makes each node matter, on one half of the contexts, and judges it on
+      the other.
 
     Where prompts share a context, all statistics are of means per context, and n counts contexts. Prompts that nothing can stand in for,
     since no other context is like theirs in what ``by`` names, are left out, and the result says how many. Evaluate on other prompts than
@@ -378,7 +379,7 @@ def circuit_evaluation(
     Args:
         model: one model, or a pair: the same circuit in both, each with its own activations.
         prompts: what F is taken over; of pairs the clean ones.
-        circuit: the circuit; it has to have heads (or, with ``mlps``, MLPs).
+        circuit: the circuit, or a result that found it; it has to have heads (or, with ``mlps``, MLPs).
         metric: what counts as the answer; ``kl`` is measured from the whole model.
         ablation: what a knocked-out head gives: ``mean`` of its z at that token over the corrupt prompts of pairs, otherwise
             over the prompts, each time without those of the prompt's own context, its partner among them; ``resample``, its z at that

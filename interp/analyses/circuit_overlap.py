@@ -34,7 +34,8 @@ _USUAL = 0.02  # the cut-off of Merullo et al.
 class CircuitOverlapResult(Result):
     """How many heads two circuits share, stage by stage, and how many two random ones would.
 
-    An entry is a head in a stage, so a head with two roles counts twice in ``all stages`` and once in ``whatever the stage``.
+    An entry is a head in a stage, so a head with two roles counts twice in ``all stages`` and once in ``whatever the stage``. Stages have
+    the names of their roles: ``inhibition / gatherer`` is one that has two names, ``mover, negative_mover`` one sweep of two roles.
 
     Attributes:
         shared: entries in both.
@@ -104,7 +105,14 @@ class CircuitOverlapResult(Result):
 
     @property
     def _common(self) -> list[str]:
-        return [s for s in dict.fromkeys(self.stages) if s not in (ALL, ANY, *self.one_sided["a"], *self.one_sided["b"])]
+        whole = [s for s, cutoff in zip(self.stages, self.cutoffs, strict=True) if cutoff is None]
+        return [s for s in whole if s not in (ALL, ANY, *self.one_sided["a"], *self.one_sided["b"])]
+
+    @property
+    def distinct(self) -> int:
+        """The row of the circuits' heads, each counted once whatever its stages."""
+        whole = [i for i, cutoff in enumerate(self.cutoffs) if cutoff is None]
+        return next((i for i in whole if self.stages[i] == ANY), whole[0])
 
     def summary(self) -> str:
         """How many entries are shared, beside chance, of both kinds; edges; what is on one side only."""
@@ -118,7 +126,7 @@ class CircuitOverlapResult(Result):
             f"heads of the same layers {_band(self.layer_chance, self.layer_low, self.layer_high, i)}, p = {_p(self.layer_p[i])}",
         ]
         if self.edges[1] and self.edges[2]:
-            parts.append(f"{self.edges[0]} edges shared of {self.edges[1]} in a and {self.edges[2]} in b")
+            parts.append(f"{self.edges[0]} edge{'' if self.edges[0] == 1 else 's'} shared of {self.edges[1]} in a and {self.edges[2]} in b")
         parts += [f"only {side} has {', '.join(names)}" for side, names in self.one_sided.items() if names]
         told = f"{found / a:.0%} of the {a} in a, {found / b:.0%} of the {b} in b, Jaccard {float(self.jaccard[i]):.2f}"
         return f"{found} {what} are in both circuits: {told} ({'; '.join([*parts, *self.notes])})"
@@ -207,18 +215,23 @@ def _band(mean: Tensor, low: Tensor, high: Tensor, row: int) -> str:
     return f"{float(mean[row]):.3g} [{float(low[row]):.0f}, {float(high[row]):.0f}]"
 
 
-@analysis(version=1)
+@analysis(version=2)
 def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)) -> CircuitOverlapResult:
     """Do two circuits use the same heads for the same jobs, more than chance would?
 
     Two tasks on one model (Merullo et al. 2024, arXiv 2310.08744), or a base and a tuned model on one task. An entry is a head in a
-    stage, where stages are the roles of the circuits; positions do not matter, since tasks name theirs differently. ``shared`` counts
-    entries in both. With scores, each cut-off takes the ceil(cutoff x layers x heads) heads of largest |score| of every stage
-    that both circuits have; where fewer have scores there is no such row, and the result says so.
+    stage; positions do not matter, since tasks name theirs differently. ``shared`` counts entries in both. With scores, each cut-off
+    takes the ceil(cutoff x layers x heads) heads of largest |score| of every stage that both circuits have; where fewer have scores there
+    is no such row, and the result says so.
 
-    A circuit that ``circuit_discovery`` found brings the scores of all heads that could send in a stage, and every stage in which a head
-    was chosen (``rankings``). Any other has scores of its nodes alone, and a node has one role: a cut-off then ranks those nodes, without
-    heads that are named after another stage.
+    Circuits that ``circuit_discovery`` found say what the heads of a stage send to, back from the logits, and so are matched: the
+    inhibition heads of one task and the gatherers of another both send to the queries of what writes the answer, and are one stage. They
+    bring the scores of all heads that could send in a stage, and every stage in which a head was chosen (``rankings``). Heads that support
+    the answer and heads that oppose it are two stages of the circuits as they are, and one where a cut-off ranks by size, since
+    they are found in one sweep. Stages that send to the same from several positions are one.
+
+    The stages of any other circuit are its roles, matched by name. It has scores of its nodes alone, and a node has one role: a cut-off
+    then ranks those nodes, without heads that are named after another stage.
 
     Chance is exact. If the heads of every stage are drawn without replacement from all heads of the model, what is shared is
     hypergeometric in a stage, and the sum over stages, drawn independently, is the convolution of these. Circuits also resemble each other
@@ -226,7 +239,7 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
     p is one-sided: the probability of sharing as many or more. Both say nothing about what the heads do.
 
     Args:
-        a: one circuit.
+        a: one circuit, or a result that found it.
         b: another, of a model of the same shape.
         cutoffs: shares of all heads taken per stage.
 
@@ -234,15 +247,16 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
         InputError: circuits of different models, one without heads, or a cut-off outside (0, 1].
     """
     for name, circuit in (("a", a), ("b", b)):
-        if not isinstance(circuit, Circuit):
-            raise InputError(f"circuit_overlap compares circuits, but {name} is a {type(circuit).__name__}")
         if not any(n.component == "z" for n in circuit.nodes):
             raise InputError(f"circuit {name} has no attention heads among its {len(circuit.nodes)} nodes, so there is nothing to share")
     if a.model != b.model:
         raise InputError(f"circuit a is of a model with (layers, heads, key/value heads) {a.model}, circuit b of one with {b.model}")
-    if bad := [c for c in cutoffs if not 0 < c <= 1]:
-        raise InputError(f"a cut-off is a share of all heads, more than 0 and at most 1, but one is {bad[0]}")
-    sides, ranked = (_stages(a), _stages(b)), (_ranked(a), _ranked(b))
+    if bad := [c for c in cutoffs if isinstance(c, bool) or not isinstance(c, int | float) or not 0 < c <= 1]:
+        raise InputError(f"a cut-off is a share of all heads, more than 0 and at most 1, but one is {bad[0]!r}")
+    jobs, sweeps = _keys(a, b, apart=True), _keys(a, b, apart=False)
+    kept, scored = (_stages(a), _stages(b)), (_ranked(a), _ranked(b))
+    names = _names(kept, jobs)
+    sides, ranked = _matched(kept, jobs, names), _matched(scored, sweeps, _names(scored, sweeps))
     rows, notes = list(_whole(*sides)), list[str]()
     bare = [name for name, stages in zip(_SIDES, ranked, strict=True) if {s for h in stages.values() for s in h.values()} == {None}]
     if bare and cutoffs:
@@ -256,7 +270,7 @@ def circuit_overlap(a: Circuit, b: Circuit, *, cutoffs: tuple[float, ...] = (0.0
         notes.append(f"cut-offs rank the nodes of {' and '.join(plain)}, of which each has one role")
     measured = [_measured(x, y, a.model[:2]) for _, _, x, y in rows]
     columns = {k: torch.tensor([m[k] for m in measured], dtype=torch.float64) for k in ("shared", "size_a", "size_b", *_NULL)}
-    entries, scores = _entries(sides, ranked)
+    entries, scores = _entries(sides, _matched(scored, jobs, names))
     others = [{n for n in c.nodes if n.component != "z"} for c in (a, b)]
     return CircuitOverlapResult(
         **columns,
@@ -278,7 +292,65 @@ def _stages(circuit: Circuit) -> Stages:
     entries = [(role, site, ranking.scores.get(site)) for role, ranking in circuit.rankings.items() for site in ranking.chosen]
     told = {site for _, site, _ in entries}
     named = [node for node in circuit.nodes if node.head is not None and node not in told]
-    return _largest([*entries, *((circuit.roles.get(node, _NO_ROLE), node, circuit.scores.get(node)) for node in named)])
+    every = [*entries, *((circuit.roles.get(node, _NO_ROLE), node, circuit.scores.get(node)) for node in named)]
+    return _largest((role, _head(site), score) for role, site, score in every)
+
+
+Both = tuple[Stages, Stages]
+Keys = tuple[Mapping[str, str], Mapping[str, str]]
+"""Role -> what makes two stages the same one, of both circuits."""
+
+
+def _keys(a: Circuit, b: Circuit, *, apart: bool) -> Keys:
+    """What the stages of both circuits are matched by.
+
+    That is what they send to where all searches say so, and roles everywhere else.
+
+    Args:
+        a: one circuit.
+        b: the other.
+        apart: heads that support the answer and heads that oppose it are two stages; otherwise roles of one sweep are one.
+    """
+    both = (a, b)
+    if all(c.rankings and all(ranking.sends for ranking in c.rankings.values()) for c in both):
+        told = [{role: r.sends + (f" {r.sign}" if apart else "") for role, r in c.rankings.items()} for c in both]
+        return told[0], told[1]
+    if apart:
+        return {}, {}
+    # Without that, a sweep shows by its scores: it gives the same ones to both of its roles.
+    same: dict[str, str] = {}
+    for role in dict.fromkeys(role for c in both for role in c.rankings):
+        same[role] = next((k for first, k in same.items() if first == k and _one_sweep(first, role, both)), role)
+    return same, same
+
+
+def _one_sweep(first: str, second: str, circuits: Sequence[Circuit]) -> bool:
+    ranked = [c.rankings for c in circuits if first in c.rankings and second in c.rankings]
+    return bool(ranked) and all(r[first].scores == r[second].scores for r in ranked)
+
+
+def _of(role: str, known: Mapping[str, str]) -> str:
+    return known.get(role, f"role {role}")
+
+
+def _names(sides: Both, keys: Keys) -> dict[str, str]:
+    """Key -> the name of its stage, made of the roles that it has in a and in b."""
+    roles: dict[str, tuple[list[str], list[str]]] = {}
+    for side, (stages, known) in enumerate(zip(sides, keys, strict=True)):
+        for role in stages:
+            roles.setdefault(_of(role, known), ([], []))[side].append(role)
+    names = {key: " / ".join(dict.fromkeys(", ".join(own) for own in both if own)) for key, both in roles.items()}
+    twice = {name for name in names.values() if list(names.values()).count(name) > 1}
+    return {key: f"{name} ({key})" if name in twice else name for key, name in names.items()}
+
+
+def _matched(sides: Both, keys: Keys, names: Mapping[str, str]) -> Both:
+    """The same with stages of one key under one name; without those that have no name."""
+    found = []
+    for stages, known in zip(sides, keys, strict=True):
+        heads = ((_of(role, known), head, score) for role, of in stages.items() for head, score in of.items())
+        found.append(_largest((names[key], head, score) for key, head, score in heads if key in names))
+    return found[0], found[1]
 
 
 def _apart(circuit: Circuit) -> bool:
@@ -291,16 +363,21 @@ def _ranked(circuit: Circuit) -> Stages:
     """The same with every head that has a score in a stage, in the circuit or not."""
     scored = [(role, site, score) for role, ranking in circuit.rankings.items() for site, score in ranking.scores.items()]
     found = {role: dict(heads) for role, heads in _stages(circuit).items() if role not in circuit.rankings}
-    return found | _largest(scored)
+    return found | _largest((role, _head(site), score) for role, site, score in scored)
 
 
-def _largest(entries: Iterable[tuple[str, Site, float | None]]) -> dict[str, dict[Head, float | None]]:
+def _head(site: Site) -> Head:
+    assert site.layer is not None and site.head is not None
+    return site.layer, site.head
+
+
+def _largest(entries: Iterable[tuple[str, Head, float | None]]) -> dict[str, dict[Head, float | None]]:
+    """Stage -> head -> the score of largest size among the entries."""
     found: dict[str, dict[Head, float | None]] = {}
-    for stage, site, new in entries:
-        if site.layer is not None and site.head is not None:
-            heads = found.setdefault(stage, {})
-            old = heads.get((site.layer, site.head))
-            heads[site.layer, site.head] = new if old is None or (new is not None and abs(new) > abs(old)) else old
+    for stage, head, new in entries:
+        heads = found.setdefault(stage, {})
+        old = heads.get(head)
+        heads[head] = new if old is None or (new is not None and abs(new) > abs(old)) else old
     return found
 
 
@@ -385,7 +462,7 @@ def _quantile(chances: Sequence[float], level: float) -> float:
     return float(len(chances) - 1)
 
 
-def _entries(sides: tuple[Stages, Stages], ranked: tuple[Stages, Stages]) -> tuple[tuple[tuple[str, str, str], ...], list[list[float]]]:
+def _entries(sides: Both, ranked: Both) -> tuple[tuple[tuple[str, str, str], ...], list[list[float]]]:
     """Stage, head and who has it, of every entry; and its scores in both circuits."""
     found, scores = [], []
     for stage in dict.fromkeys([*sides[0], *sides[1]]):

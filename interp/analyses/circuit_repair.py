@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp import plots
@@ -32,9 +32,11 @@ from interp.sweeps.repairs import (
     editing,
     importance,
     options_of,
+    strangers,
     with_random_tokens,
     with_rows,
 )
+from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,11 +48,14 @@ Among = Literal["vocabulary", "options"]
 _USUAL = ("colors", "IO,S1", "objects")  # positions of the options in the tasks that come with the package
 _EDITED, _STATES = "all heads", ("no edit", "all heads")
 _LEAST = 4  # heads that a rank correlation needs
+_FEWEST = 2  # contexts that a standard error needs
 
 
 @dataclass(frozen=True, eq=False)
 class CircuitRepairResult(Result):
     """What a model answers with the rows of some heads set by hand, beside controls; and what changes behind these heads.
+
+    Prompts of one context are no independent draws, so shares, means, intervals and tests are of means per context.
 
     Attributes:
         right: the answer is right.
@@ -67,6 +72,7 @@ class CircuitRepairResult(Result):
         chance: accuracy of a guess among the options.
         query: position of the rows.
         draw_seed: of the controls, bootstrap and permutations.
+        group: context of each prompt, as they first come.
         notes: controls that could not be run.
         labels: of ``condition``, ``state`` and ``option``.
     """
@@ -85,13 +91,28 @@ class CircuitRepairResult(Result):
     chance: float
     query: str
     draw_seed: int
+    group: Int[Tensor, " prompt"]
     notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
 
     @property
     def accuracy(self) -> Float[Tensor, " condition"]:
-        """Share of right answers."""
-        return self.right.double().mean(1)
+        """Share of right answers, mean of those of the contexts."""
+        return self._of(self.right.T).mean(0)
+
+    @property
+    def n(self) -> str:
+        """How many prompts, or contexts where several prompts share one, the statistics are of."""
+        prompts, contexts = len(self.group), self._contexts
+        return f"{prompts} prompts" if prompts == contexts else f"{contexts} contexts of {prompts} prompts"
+
+    @property
+    def _contexts(self) -> int:
+        return int(self.group.max()) + 1
+
+    def _of(self, values: Float[Tensor, "prompt ..."]) -> Float[Tensor, "context ..."]:
+        """Means per context."""
+        return by_context(values.double(), self.group)
 
     def newly(self, condition: str = _EDITED) -> tuple[list[int], list[int]]:
         """Prompts that a condition puts right, and prompts that it spoils.
@@ -115,7 +136,7 @@ class CircuitRepairResult(Result):
         there[: first + 1] = False
         for layer, head in self.edited:
             there[layer, head] = False
-        change = (self.attribution[1] - self.attribution[0]).mean(0)
+        change = self._of(self.attribution[1] - self.attribution[0]).mean(0)
         return _spearman(change[there], self.importance[there], self.draw_seed), int(there.sum())
 
     @property
@@ -123,15 +144,18 @@ class CircuitRepairResult(Result):
         """Movers that are not edited: where those look is the edit itself."""
         return tuple(head for head in self.movers if head not in self.edited)
 
-    def _means(self, values: Tensor) -> Float[Tensor, "prompt ..."]:
+    def _means(self, values: Tensor) -> Float[Tensor, "context ..."]:
         """Mean over these movers of values [prompt layer head ...]."""
-        return torch.stack([values[:, layer, head] for layer, head in self._followers]).mean(0)
+        return self._of(torch.stack([values[:, layer, head] for layer, head in self._followers]).mean(0))
 
     def summary(self) -> str:
         """Accuracy before and after, flips, the controls, and what changes behind the heads."""
-        before, after = (_share(self.right[i]) for i in (0, 1))
-        gained, lost = self.newly()
-        parts = [f"{len(gained)} newly right, {len(lost)} newly wrong, exact McNemar p = {mcnemar(len(lost), len(gained)):.2g}"]
+        before, after = (_share(self._row(i)) for i in (0, 1))
+        row, one = self._row(1), self._contexts == len(self.group)
+        test = "exact McNemar" if one else "sign-flip test of contexts,"
+        parts = [
+            f"{row['newly_right']}{'' if one else ' prompts'} newly right, {row['newly_wrong']} newly wrong, {test} p = {row['p']:.2g}"
+        ]
         parts += [
             f"{row['condition']} {_told(row)}" for row in self._aggregated() if row["kind"] not in ("no edit", "all heads", "single head")
         ]
@@ -140,7 +164,7 @@ class CircuitRepairResult(Result):
         among = "the whole vocabulary" if self.among == "vocabulary" else f"the options, chance {self.chance:.1%}"
         return (
             f"Accuracy goes from {before} to {after} with {heads} set to look from {self.query} at the wrong options only "
-            f"({self.heads[1]}; n = {self.right.shape[1]} prompts among {among}; {'; '.join(parts)})"
+            f"({self.heads[1]}; n = {self.n} among {among}; {'; '.join(parts)})"
         )
 
     def _behind(self) -> Iterator[str]:
@@ -163,7 +187,8 @@ class CircuitRepairResult(Result):
         """One row per condition; ``per="prompt"``: one row per condition and prompt.
 
         ``effect`` is the change of accuracy, its interval that of paired shares; ``p`` is McNemar's, ``p_adjusted`` that of a sign-flip
-        test, corrected for all conditions.
+        test, corrected for all conditions. Where prompts share a context, all of these are of means per context and ``p`` is that of
+        the sign-flip test; ``newly_right`` and ``newly_wrong`` count prompts.
 
         Raises:
             InputError: ``per`` is something else.
@@ -182,20 +207,24 @@ class CircuitRepairResult(Result):
         return pd.DataFrame([self._row(i) for i in range(len(names))])
 
     def _row(self, i: int) -> dict[str, Any]:
-        name, n = self.labels["condition"][i], self.right.shape[1]
+        name, n = self.labels["condition"][i], self._contexts
         gained, lost = (len(rows) for rows in self.newly(name))
-        low, high = wilson(int(self.right[i].sum()), n)
-        ends = paired_change(gained, lost, n)
-        change = self.right[i].double() - self.right[0].double()
+        # A context counts as one draw that is right in part. Its share varies no more than a coin's of the same chance, so that the
+        # intervals for whole draws, which these are where every context has one prompt, are rather too wide than too narrow.
+        up, down = (float(self._of(x).sum()) for x in (self.right[i] & ~self.right[0], self.right[0] & ~self.right[i]))
+        low, high = wilson(min(float(self._of(self.right[i]).sum()), n), n)
+        ends = paired_change(up, min(down, n - up), n)
+        change = self._of(self.right[i].double() - self.right[0].double())
+        p = mcnemar(lost, gained) if n == len(self.group) else float(permutation(change, seed=self.draw_seed).p)
         row: dict[str, Any] = {"condition": name, "kind": self.kinds[i], "heads": self.heads[i], "accuracy": float(self.accuracy[i])}
         row |= {"accuracy_low": low, "accuracy_high": high, "effect": float(change.mean()), "effect_se": float(standard_error(change))}
-        row |= {"low": ends[0], "high": ends[1], "newly_right": gained, "newly_wrong": lost, "p": mcnemar(lost, gained)}
-        margin = self.margin[i] - self.margin[0]
-        return row | {"p_adjusted": self._adjusted[i], "margin": float(self.margin[i].mean()), "margin_change": float(margin.mean())}
+        row |= {"low": ends[0], "high": ends[1], "newly_right": gained, "newly_wrong": lost, "p": p}
+        now, before = (float(self._of(self.margin[j]).mean()) for j in (i, 0))
+        return row | {"p_adjusted": self._adjusted[i], "margin": now, "margin_change": now - before}
 
     @property
     def _adjusted(self) -> list[float]:
-        return permutation((self.right.double() - self.right[0].double()).T, seed=self.draw_seed).adjusted.tolist()
+        return permutation(self._of((self.right.double() - self.right[0].double()).T), seed=self.draw_seed).adjusted.tolist()
 
     def _aggregated(self) -> list[dict[str, Any]]:
         """One row per condition, and one per kind of control that was drawn several times: the mean and the extremes of its draws."""
@@ -228,7 +257,7 @@ class CircuitRepairResult(Result):
             [row["condition"] + (f" ({row['draws']} draws)" if row["draws"] > 1 else "") for row in rows],
             {"accuracy": [row["accuracy"] for row in rows]},
             intervals={"accuracy": ([row["accuracy_low"] for row in rows], [row["accuracy_high"] for row in rows])},
-            title=f"Right answers with heads set to look at the wrong options from {self.query} (n = {self.right.shape[1]})",
+            title=f"Right answers with heads set to look at the wrong options from {self.query} (n = {self.n})",
             ylabel="share of right answers; 95 % interval, or the extremes of draws",
             reference=float(self.accuracy[0]),
             reference_label="no edit",
@@ -237,7 +266,7 @@ class CircuitRepairResult(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """Accuracy; change of what every head adds to the logits; the same by importance."""
-        change = (self.attribution[1] - self.attribution[0]).mean(0)
+        change = self._of(self.attribution[1] - self.attribution[0]).mean(0)
         drawn = {"Accuracy": self.plot()}
         drawn["Change of logits"] = plots.heatmap(
             change,
@@ -264,9 +293,8 @@ class CircuitRepairResult(Result):
         return drawn
 
 
-def _share(right: Tensor) -> str:
-    low, high = wilson(int(right.sum()), len(right))
-    return f"{float(right.double().mean()):.1%} [{low:.1%}, {high:.1%}]"
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.1%} [{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]"
 
 
 def _count(n: int, what: str) -> str:
@@ -304,7 +332,7 @@ def _spearman(x: Tensor, y: Tensor, seed: int, resamples: int = 2000) -> Estimat
     return Estimate(rho(x, y), low, high)
 
 
-@analysis(version=1)
+@analysis(version=2)
 def circuit_repair(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
@@ -331,13 +359,14 @@ def circuit_repair(
     model's own first guess, which takes no knowledge of the answer; at the wrong option that it ranks highest; at random tokens, as
     many; other heads of the same layers; and heads that gather the question, if given, kept from seeing it (the row is
     renormalised), beside other heads of their layers. Accuracies have Wilson intervals, changes on the same prompts an exact
-    McNemar test; drawn controls show their extremes. ``attention`` and ``attribution`` are measured without an edit and with all
+    McNemar test; where prompts share a context both are of means per context, with a sign-flip test, and n counts contexts. Drawn
+    controls show their extremes. ``attention`` and ``attribution`` are measured without an edit and with all
     heads edited, for every head.
 
     Args:
         model: one model; for a pair, call it for each.
         prompts: with one-token answers and options that occur in the prompt; of pairs, the clean ones.
-        circuit: for its roles, and for its scores as the importance of heads.
+        circuit: a circuit or a result that found one, for its roles, and for its scores as the importance of heads.
         heads: those that are edited: ``L12H3,L13H4; L19H1``, or roles of the circuit, ``inhibition; negative_mover``, which is the default.
         movers: heads, or roles, whose attention and logits are told, edited ones left out; by default the role ``mover``.
         gatherers: heads, or roles, that are kept from the question; by default the role ``gatherer``.
@@ -351,13 +380,16 @@ def circuit_repair(
 
     Raises:
         InputError: no heads to edit, unknown heads, roles or positions, a circuit of another model or found on these prompts,
-            prompts without options, or options behind the query.
+            prompts without options or of a single context, or options behind the query.
     """
     asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
     if among not in ("vocabulary", "options"):
         raise InputError(f"among must be vocabulary or options, but it is {among!r}")
     if type(draws) is not int or draws < 1:
         raise InputError(f"draws must be a number of draws, at least 1, but it is {draws!r}")
+    group = grouped(asked.contexts)
+    if (contexts := int(group.max()) + 1) < _FEWEST:
+        raise InputError(f"circuit_repair needs prompts of at least {_FEWEST} contexts for its intervals, got {contexts}")
     if circuit is not None:
         circuit.check(model.shape).check_unseen(prompts.contexts, prompts.digest)
     named = options if options != "auto" else _found(asked)
@@ -378,6 +410,7 @@ def circuit_repair(
     lacking = {"other heads"} | ({"other heads blocked"} if gathering is not None else set())
     notes += [f"no control with {kind}: a layer has too few" for kind in sorted(lacking - {c.kind for c in planned})]
     places = options_of(asked, named)
+    notes += strangers(model, asked, places, named)
     before = answers(model, asked)
     rows = with_rows(asked, places, before.options, query)
     right, margin = [_judged(asked, before, among)], [_margin(asked, before)]
@@ -405,9 +438,10 @@ def circuit_repair(
         edited=_pairs(edited),
         movers=_pairs(told),
         among=among,
-        chance=sum(1 / len(o) for o in asked.options or ()) / len(asked),
+        chance=float(by_context(torch.tensor([1 / len(o) for o in asked.options or ()], dtype=torch.float64), group).mean()),
         query=str(query),
         draw_seed=seed,
+        group=group,
         notes=tuple(notes),
         labels={"condition": tuple(c.name for c in planned), "state": _STATES, "option": ("right", "wrong")},
     )

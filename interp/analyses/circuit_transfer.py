@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ from interp.names import unknown
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import Site
-from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, ratio_of_means, recovered, standard_error
+from interp.stats import Estimate, mcnemar, paired_change, permutation, plus_minus, standard_error
 from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, Knockout, comparable
-from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, measures, names, readers, unseen
+from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, means, measures, names, readers, share, unseen
 from interp.sweeps.knockouts import other_circuits
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _CHECKED = 4
 _ALL = "all"
+_TRIES = 50  # draws for every random circuit that is wanted: enough to find every one of a handful
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +45,13 @@ class CircuitTransferResult(Result):
         full: of the whole model.
         empty: of the model with every head knocked out.
         circuit: of each circuit alone, in each model.
-        random: of random circuits, as many heads at each position as the circuit has, none of them its own; NaN where there are no others.
-        size_base: heads that base's circuit has of each role.
+        random: of random circuits, as many heads at each position as the circuit has, none of them its own, no two alike; NaN where there
+            are no others.
+        size_base: heads at positions that base's circuit has of each role; one that was chosen for two roles counts in the one it has.
         size_tuned: that tuned's circuit has.
         shared: heads that both have, at one position.
         expected: how many would be shared by chance, were the heads of each role and position drawn from all heads.
+        p: how often such a draw shares as many, or more.
         floor: largest change by rounding alone; for the accuracy the share of answers whose margin is within it.
         deviation: largest difference of runs that were computed both ways, many together and one by one.
         checked: how many were.
@@ -67,6 +71,7 @@ class CircuitTransferResult(Result):
     size_tuned: Int[Tensor, " role"]
     shared: Int[Tensor, " role"]
     expected: Float[Tensor, " role"]
+    p: Float[Tensor, " role"]
     floor: Float[Tensor, "measure side"]
     deviation: float
     checked: int
@@ -86,14 +91,14 @@ class CircuitTransferResult(Result):
     def faithfulness(self, circuit: str, side: str, measure: str = "accuracy") -> Estimate:
         """(F(C) - F(empty)) / (F(M) - F(empty)): 1 for a circuit that does as well as the whole model, more if it does better."""
         m, c, s = self._at(measure=measure, circuit=circuit, side=side)
-        return recovered(self.circuit[m, c, s], self.empty[m, s], self.full[m, s], seed=self.draw_seed)
+        return share(self.circuit[m, c, s], self.empty[m, s], self.full[m, s], of_answers=not m, seed=self.draw_seed)
 
     def ratio(self, circuit: str, side: str, measure: str = "accuracy") -> Estimate:
         """F(C) / F(M), as Prakash et al. call faithfulness; refused where F(M) is within two standard errors of 0."""
         m, c, s = self._at(measure=measure, circuit=circuit, side=side)
         full = self.full[m, s]
         if float(full.double().mean().abs()) > 2 * _error(full):
-            return ratio_of_means(self.circuit[m, c, s], full, seed=self.draw_seed)
+            return share(self.circuit[m, c, s], torch.zeros_like(full), full, of_answers=not m, seed=self.draw_seed)
         none = torch.tensor(torch.nan)
         return Estimate(none, none, none, f"F(M) is {plus_minus(full)}, within two standard errors of 0")
 
@@ -106,7 +111,8 @@ class CircuitTransferResult(Result):
         """How each circuit does in tuned and in base, beside random ones, and how many heads they share."""
         told = [self._told(side) for side in reversed(self.labels["side"])]
         a, b, both = (int(x[-1]) for x in (self.size_base, self.size_tuned, self.shared))
-        told.append(f"{both} of the {a} heads of base's circuit are among the {b} of tuned's, chance {float(self.expected[-1]):.2g}")
+        chance = f"chance {float(self.expected[-1]):.2g}, p = {float(self.p[-1]):.2g}"
+        told.append(f"{both} of the {a} heads of base's circuit are among the {b} of tuned's, {chance}")
         how = f"{self.ablation} ablation; right among {self.among}; n = {self.full.shape[2]} prompts; {self.exactness}"
         return f"Accuracy {'; '.join(told)} ({how})"
 
@@ -114,12 +120,12 @@ class CircuitTransferResult(Result):
         (s,) = self._at(side=side)
         parts = []
         for c, name in enumerate(self.labels["circuit"]):
-            share = self.ratio(name, side)
-            as_share = "" if share.refused else f", {float(share.value):.2f} of it"
+            ratio = self.ratio(name, side)
+            as_share = "" if ratio.refused else f", {float(ratio.value):.2f} of it"
             parts.append(f"{_of(name)} {_mean(self.circuit[0, c, s])}{as_share}")
         draws = self.random[0, :, s].double().mean(-1)
         known = draws[~draws.isnan()]
-        parts += [f"random ones {float(known.mean()):.2f}"] if len(known) else []
+        parts += [f"random ones {float(known.mean()):.2f} ({len(known)} draws)"] if len(known) else []
         low, high = paired_change(*self._flips(side), self.full.shape[2])
         gap = f"tuned's circuit minus base's {float(self.difference(side).double().mean()):.2f} [{low:.2f}, {high:.2f}]"
         return f"in {side} {_mean(self.full[0, s])}: with {', '.join(parts)}, {gap}"
@@ -140,7 +146,8 @@ class CircuitTransferResult(Result):
         """One row per measure, circuit and model; ``per="prompt"`` every run.
 
         ``difference`` is F(C) - F(M), with ``gained``, ``lost`` and the exact test ``p_mcnemar`` of the answers; ``ratio`` is F(C) / F(M),
-        ``recovered`` the faithfulness with its interval; ``random`` the mean of random circuits. ``p`` is that of a sign-flip test of the
+        ``recovered`` the faithfulness with its interval; ``random`` and ``random_sd`` mean and standard deviation of that measure over
+        ``draws`` random circuits. ``p`` is that of a sign-flip test of the
         difference, ``p_adjusted`` corrected for all circuits and models.
 
         Raises:
@@ -166,15 +173,20 @@ class CircuitTransferResult(Result):
         test = permutation(gap.movedim(-1, 0), seed=self.draw_seed)
         for c, name in enumerate(self.labels["circuit"]):
             for s, side in enumerate(self.labels["side"]):
-                own, one, share = self.circuit[m, c, s].double(), gap[c, s], self.faithfulness(name, side, measure)
+                own, one, found = self.circuit[m, c, s].double(), gap[c, s], self.faithfulness(name, side, measure)
                 up, down = (int((one > 0).sum()), int((one < 0).sum())) if not m else (-1, -1)
                 draws = self.random[m, c, s].double().mean(-1)
+                draws = draws[~draws.isnan()]
                 row = {"measure": measure, "circuit": name, "side": side, "value": float(own.mean()), "value_se": _error(own)}
                 row |= {"full": float(self.full[m, s].double().mean()), "empty": float(self.empty[m, s].double().mean())}
                 row |= {"difference": float(one.mean()), "difference_se": _error(one), "gained": up, "lost": down}
                 row |= {"p_mcnemar": mcnemar(up, down) if not m else torch.nan, "ratio": float(self.ratio(name, side, measure).value)}
-                row |= {"recovered": float(share.value), "low": float(share.low), "high": float(share.high)}
-                row |= {"random": float(draws.mean()), "random_sd": float(draws.std()) if len(draws) > 1 else torch.nan}
+                row |= {"recovered": float(found.value), "low": float(found.low), "high": float(found.high)}
+                row |= {
+                    "random": float(draws.mean()),
+                    "random_sd": float(draws.std()) if len(draws) > 1 else torch.nan,
+                    "draws": len(draws),
+                }
                 yield row | {"p": float(test.p[c, s]), "p_adjusted": float(test.adjusted[c, s])}
 
     def overlap(self) -> pd.DataFrame:
@@ -183,7 +195,7 @@ class CircuitTransferResult(Result):
 
         table = pd.DataFrame({"role": self.labels["role"], "base": self.size_base, "tuned": self.size_tuned, "shared": self.shared})
         table["share_of_base"], table["share_of_tuned"] = table["shared"] / table["base"], table["shared"] / table["tuned"]
-        return table.assign(chance=self.expected)
+        return table.assign(chance=self.expected, p=self.p)
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
         """Every circuit in every model by accuracy: ``effect`` is what is lost or gained against the whole model."""
@@ -219,7 +231,7 @@ class CircuitTransferResult(Result):
     def _bars(self, m: int) -> go.Figure:
         rows = {"whole model": self.full[m]} | {f"{_of(c)} alone": x for c, x in zip(self.labels["circuit"], self.circuit[m], strict=True)}
         rows["no heads"] = self.empty[m]
-        found = {name: bootstrap(x.T, seed=self.draw_seed) for name, x in rows.items()}
+        found = {name: means(x.T, of_answers=not m, seed=self.draw_seed) for name, x in rows.items()}
         series = {side: torch.stack([e.value[s] for e in found.values()]) for s, side in enumerate(self.labels["side"])}
         intervals = {
             side: tuple(torch.stack([getattr(e, end)[s] for e in found.values()]) for end in ("low", "high"))
@@ -228,7 +240,8 @@ class CircuitTransferResult(Result):
         labels = list(rows)
         for c, name in enumerate(self.labels["circuit"][:2]):
             draws = self.random[m, c].double().mean(-1)
-            if draws.shape[-1] and not bool(draws.isnan().any()):
+            draws = draws[:, ~draws.isnan().any(0)]
+            if draws.shape[-1]:
                 labels.append(f"random, as {_of(name)}")
                 for s, side in enumerate(self.labels["side"]):
                     own = draws[s]
@@ -249,7 +262,7 @@ class CircuitTransferResult(Result):
         return plots.bars(self.labels["role"], counts, title="Heads of each role in both circuits", xlabel="role", ylabel="heads")
 
 
-@analysis(version=1)
+@analysis(version=2)
 def circuit_transfer(
     pair: ModelPair,
     prompts: Prompts | PromptPairs,
@@ -268,7 +281,7 @@ def circuit_transfer(
     The table of Prakash et al. (2024, arXiv 2402.14811): each circuit alone in each model. A circuit runs alone when every head at every
     token that it does not name is knocked out, with what the model itself gives in its place (``ablation``); MLPs and embeddings run free.
     ``shared`` is a third circuit: the heads that both have at one position. Random circuits have as many heads at each position as
-    base's or tuned's, none of them its own. A circuit may do better than the model, if what is knocked out was in the way.
+    base's or tuned's, none of them its own, no two alike. A circuit may do better than the model, if what is knocked out was in the way.
 
     Args:
         pair: the two models.
@@ -297,10 +310,10 @@ def circuit_transfer(
     nodes = {name: heads_of(c, f"{name}'s circuit") for name, c in circuits.items()}
     both = tuple(node for node in nodes["base"] if node in nodes["tuned"])
     nodes |= {"shared": both} if both and set(both) not in map(set, nodes.values()) else {}
-    drawn = {name: other_circuits(own, own, shape, 0 if name == "shared" else random_circuits, seed) for name, own in nodes.items()}
+    drawn = {name: _drawn(own, shape, 0 if name == "shared" else random_circuits, seed) for name, own in nodes.items()}
     sides = {side: _side(model, prompts, read, nodes, drawn, ablation, by, seed) for side, model in pair.sides()}
     found = list(sides.values())
-    lone = [name for name in circuits if random_circuits and not drawn[name]]
+    few = {name: len(drawn[name]) for name in circuits if len(drawn[name]) < random_circuits}
     return CircuitTransferResult(
         **{name: torch.stack([side.values[name] for side in found], dim=axis) for name, axis in _AXES.items()},
         **_overlap(circuits, shape),
@@ -310,7 +323,7 @@ def circuit_transfer(
         among=among,
         unit=Metric.parse(metric).unit or str(Metric.parse(metric)),
         draw_seed=seed,
-        notes=(*dict.fromkeys(n for side in found for n in side.notes), *_notes(circuits, lone), *out),
+        notes=(*dict.fromkeys(n for side in found for n in side.notes), *_notes(circuits, few), *out),
         labels={
             "measure": names(read),
             "side": tuple(sides),
@@ -390,17 +403,41 @@ def _overlap(circuits: dict[str, Circuit], shape: Shape) -> dict[str, Tensor]:
         "size_tuned": counts[:, 1],
         "shared": counts[:, 2],
         "expected": torch.tensor([_expected(x, y, shape) for x, y in rows], dtype=torch.float64),
+        "p": torch.tensor([_as_many(x, y, shape) for x, y in rows], dtype=torch.float64),
     }
 
 
 def _expected(a: set[Site], b: set[Site], shape: Shape) -> float:
     """Mean of what two sets share, if heads are drawn from all heads, as many at each position."""
+    return sum(x * y for x, y in _at_places(a, b)) / (shape.n_layers * shape.n_heads)
+
+
+def _at_places(a: set[Site], b: set[Site]) -> list[tuple[int, int]]:
+    """How many heads the two have at each position."""
     places = {node.position for node in a | b}
-    many = [[sum(node.position == place for node in nodes) for nodes in (a, b)] for place in places]
-    return sum(x * y for x, y in many) / (shape.n_layers * shape.n_heads)
+    return [(sum(n.position == place for n in a), sum(n.position == place for n in b)) for place in places]
 
 
-def _notes(circuits: dict[str, Circuit], lone: list[str]) -> list[str]:
+def _as_many(a: set[Site], b: set[Site], shape: Shape) -> float:
+    """Probability that sets drawn so share as many or more: at each position hypergeometric, and the sum over positions."""
+    pool, ways = shape.n_layers * shape.n_heads, [1.0]
+    for x, y in _at_places(a, b):
+        here = [math.comb(x, i) * math.comb(pool - x, y - i) / math.comb(pool, y) for i in range(min(x, y) + 1)]
+        ways = [sum(ways[i] * here[k - i] for i in range(len(ways)) if 0 <= k - i < len(here)) for k in range(len(ways) + len(here) - 1)]
+    return min(1.0, sum(ways[len(a & b) :]))
+
+
+def _drawn(own: tuple[Site, ...], shape: Shape, many: int, seed: int) -> list[tuple[Site, ...]]:
+    """Random circuits of which no two are alike: fewer than asked for where there are no more of them."""
+    found: dict[frozenset[Site], tuple[Site, ...]] = {}
+    for some in other_circuits(own, own, shape, many * _TRIES, seed):
+        found.setdefault(frozenset(some), some)
+        if len(found) == many:
+            break
+    return list(found.values())
+
+
+def _notes(circuits: dict[str, Circuit], few: dict[str, int]) -> list[str]:
     found = []
     for name, circuit in circuits.items():
         others = [str(n) for n in circuit.nodes if n.component != "z" or n.head is None]
@@ -409,7 +446,10 @@ def _notes(circuits: dict[str, Circuit], lone: list[str]) -> list[str]:
             if others
             else []
         )
-    return found + [f"no random circuits like {name}'s: at some position it has more heads than there are others" for name in lone]
+    lone = [
+        f"no random circuits like {name}'s: at some position it has more heads than there are others" for name, n in few.items() if not n
+    ]
+    return found + lone + [f"only {n} different random circuit{'s' * (n > 1)} like {name}'s" for name, n in few.items() if n]
 
 
 def _of(circuit: str) -> str:

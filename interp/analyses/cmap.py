@@ -19,10 +19,11 @@ from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, standard_error
-from interp.stats import recovered as share_of
 from interp.sweeps import Swept, check, run, sweep
-from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, measures, names, readers, unseen
-from interp.sweeps.groups import head_sites, random_heads, written
+from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, means, measures, names, readers, unseen
+from interp.sweeps.answers import share as share_of
+from interp.sweeps.draws import checked_draws, how_many, other_heads
+from interp.sweeps.groups import head_sites, written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +47,8 @@ class CmapResult(Result):
 
     Attributes:
         patched: measures of the receiving model with the heads of each cell set.
-        control: the same with random heads in their place; NaN where there is no such control.
+        control: the same with other heads in their place, drawn at random, no two draws alike; NaN where there is no such draw.
+        choices: how many sets of other heads there are for each cell.
         base: measures of base.
         tuned: measures of tuned on the same prompts.
         floor: largest change by rounding alone; for the accuracy the share of runs whose margin is within it.
@@ -72,6 +74,7 @@ class CmapResult(Result):
     checked: int
     sites: tuple[str, ...]
     heads: tuple[int, ...]
+    choices: tuple[int, ...]
     rest: tuple[str, ...]
     output: Output
     among: Among
@@ -114,7 +117,8 @@ class CmapResult(Result):
     def recovered(self, measure: str = "accuracy", direction: str | None = None) -> Estimate:
         """Share of the difference of the two models that each cell carries over, [cell]; 95 % interval from resampling prompts.
 
-        Refused where the models are within two standard errors.
+        Where every answer follows alike, the interval of the accuracy is Wilson's, for so many of those that differ. Refused where the
+        models are within two standard errors.
 
         Args:
             measure: ``accuracy``, ``margin`` or the metric.
@@ -122,14 +126,14 @@ class CmapResult(Result):
         """
         i, j = self._at(measure, direction)
         ends = self.start(measure, direction), self.goal(measure, direction)
-        return share_of(self.patched[i, j].T, *ends, seed=self.draw_seed)
+        return share_of(self.patched[i, j].T, *ends, of_answers=measure == "accuracy", seed=self.draw_seed)
 
     def random_heads(self, measure: str = "accuracy", direction: str | None = None) -> Float[Tensor, "cell draw"]:
         """The share that every draw of random heads carries over; NaN where there is none, or nothing can be normalised."""
         i, j = self._at(measure, direction)
         start, goal = self.start(measure, direction), self.goal(measure, direction)
         found = (self.control[i, j] - start).double().mean(-1) / (goal - start).double().mean()
-        return found * torch.nan if share_of(start, start, goal, resamples=2).refused else found
+        return found * torch.nan if self.recovered(measure, direction).refused else found
 
     def adds_up(self, measure: str = "accuracy", direction: str | None = None) -> pd.DataFrame:
         """Where the whole difference of the two models is: what each addition brings, the last one the final norm and unembedding.
@@ -170,9 +174,9 @@ class CmapResult(Result):
         share = self.recovered(direction=direction)
         if share.refused:
             return f"{here}, too close to say which share that is (difference {plus_minus(goal - start)})"
-        draws = self.random_heads(direction=direction)[0]
+        draws = _known(self.random_heads(direction=direction)[0])
         told = [f"{here}: recovered {_at(share, 0)}"]
-        told += [f"random heads {_spread(draws)}"] if len(draws) and not bool(draws.isnan().any()) else []
+        told += [f"random heads {_spread(draws, self.choices[0])}"] if len(draws) else []
         groups = [k for k, name in enumerate(self.cells) if name != _WHOLE and name not in self.rest]
         if groups:
             best = max(groups, key=lambda k: float(share.value[k]))
@@ -193,7 +197,9 @@ class CmapResult(Result):
 
         ``effect`` is value - start with its interval (of Agresti and Min for the accuracy, else bootstrap), ``gained`` and ``lost`` count
         the answers that became right and wrong and ``p_mcnemar`` is the exact test of these; ``to_goal`` is value - goal. ``p`` is that of
-        a sign-flip test, ``p_adjusted`` corrected for all cells of the row's measure and direction.
+        a sign-flip test, ``p_adjusted`` corrected for all cells of the row's measure and direction. Of random heads, ``control`` and
+        ``control_sd`` are mean and standard deviation over draws of the share they carry over (as ``recovered``), ``control_effect`` and
+        ``control_effect_sd`` those of what they change (as ``effect``, in the measure's unit); ``draws`` are of the ``sets`` there are.
 
         Raises:
             InputError: ``per`` is something else.
@@ -235,16 +241,18 @@ class CmapResult(Result):
             row |= {**flips, "recovered": float(share.value[k]), "low": float(share.low[k]), "high": float(share.high[k])}
             row |= {"p": float(test.p[k]), "p_adjusted": float(test.adjusted[k])}
             row |= {"to_goal": float((value - goal).mean()), "to_goal_se": _error(value - goal)}
-            random = self.control[i, j, k].double().mean(-1) - float(self.start(measure, direction).double().mean())
-            row |= {"control": float(draws[k].mean()) if draws.shape[1] else torch.nan, "control_effect": float(random.mean())}
-            yield row | {"control_sd": float(random.std()) if len(random) > 1 else torch.nan}
+            random = _known(self.control[i, j, k].double().mean(-1)) - float(self.start(measure, direction).double().mean())
+            row |= dict(zip(("control", "control_sd"), _moments(_known(draws[k])), strict=True))
+            row |= dict(zip(("control_effect", "control_effect_sd"), _moments(random), strict=True))
+            yield row | {"draws": len(random), "sets": self.choices[k]}
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
         """The whole circuit and its groups by what they change of the accuracy, strongest first."""
         import pandas as pd
 
         rows = [row for d in self.directions for row in self._rows("accuracy", d) if row["group"] not in self.rest[1:]]
-        columns = ["group", "direction", "heads", "value", "effect", "effect_se", "recovered", "low", "high", "p", "p_adjusted", "control"]
+        columns = ["group", "direction", "heads", "value", "effect", "effect_se", "recovered", "low", "high", "p", "p_adjusted"]
+        columns += ["control", "control_sd"]
         return pd.DataFrame(sorted(rows, key=lambda row: -abs(row["effect"]))[:n]).reindex(columns=columns)
 
     def plot(self) -> go.Figure:
@@ -262,13 +270,14 @@ class CmapResult(Result):
     def _bars(self, measure: str, direction: str) -> go.Figure:
         i, j = self._at(measure, direction)
         shown = [k for k, name in enumerate(self.cells) if name not in self.rest[1:]]
-        found = bootstrap(self.patched[i, j, shown].T, seed=self.draw_seed)
+        found = means(self.patched[i, j, shown].T, of_answers=measure == "accuracy", seed=self.draw_seed)
         series, intervals = {"heads": found.value}, {"heads": (found.low, found.high)}
         draws = self.control[i, j, shown].double().mean(-1)
         if draws.shape[1] and not bool(draws.isnan().all()):
-            series["random heads"], intervals["random heads"] = draws.mean(-1), (draws.amin(-1), draws.amax(-1))
+            series["random heads"] = draws.nanmean(-1)
+            intervals["random heads"] = draws.nanquantile(0.0, -1), draws.nanquantile(1.0, -1)
         sender, receiver = _SIDES[direction]
-        beside = f"; random: range of {draws.shape[1]} draws" if len(series) > 1 else ""
+        beside = f"; random: range of at most {draws.shape[1]} draws" if len(series) > 1 else ""
         made = plots.bars(
             [f"{self.cells[k]} ({self.heads[k]})" for k in shown],
             series,
@@ -299,7 +308,7 @@ class CmapResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def cmap(
     pair: ModelPair,
     prompts: Prompts | PromptPairs,
@@ -318,8 +327,9 @@ def cmap(
     Cross-model activation patching (CMAP: Prakash et al. 2024, arXiv 2402.14811). Both models run on the same prompts, and z of the
     circuit's heads at their positions is set in the other model, all together and each group (role) alone; whatever follows runs free.
     An answer is right if its logit is above all others (``margin`` > 0). Late groups recover much because z there already holds
-    what earlier heads of the sender computed: an early group that recovers is the telling one. Random heads, as many at the same positions
-    and from the layers the group spans, none of them in it, are the control.
+    what earlier heads of the sender computed: an early group that recovers is the telling one. The control are random
+    heads: at each position as many, from the layers that the cell's own heads span there, none of them in the circuit, and none of the last
+    layer at a position that only it could still read. No two draws are alike; where there are fewer sets than draws, all are taken.
 
     ``rest=True`` goes on from the circuit to all heads, then all MLPs, then the embeddings, at all positions, each on top of the last.
     With ``output="sender"`` the stream is then that of the sender, and ``adds_up`` shows where the whole difference is.
@@ -333,7 +343,7 @@ def cmap(
         metric: what is measured besides accuracy and margin.
         among: an answer is right among the whole ``vocabulary``, or among the ``options`` of its prompt.
         rest: add all else to the circuit, step by step.
-        control: draws of random heads beside each group.
+        control: draws of random heads beside the circuit and each group.
         seed: of the bootstrap, the random heads, and the runs that are checked.
 
     Raises:
@@ -343,11 +353,13 @@ def cmap(
     asked = _checked(pair, prompts, circuit, direction, output, control)
     read, shape = readers(prompts, metric, among), pair.shape
     groups = _cells(circuit, shape, rest)
-    drawn = {name: random_heads(g, shape, control, seed, name) for name, g in groups.items() if name not in _added_names(rest)}
-    cells = [*groups.values(), *(g for draws in drawn.values() for g in draws)]
-    todo = [written(g, shape, added=output == "sender") for g in cells]
     batch = pair.batch(asked)
     check([s for g in groups.values() for s in g], batch, batch)
+    unread = _unread(batch, groups[_WHOLE], read)
+    own = {name: g for name, g in groups.items() if name not in _added_names(rest)}
+    drawn = {name: other_heads(g, groups[_WHOLE], shape, control, f"{seed} {name}", unread) for name, g in own.items()}
+    cells = [*groups.values(), *(g for draws in drawn.values() for g in draws.sets)]
+    todo = [written(g, shape, added=output == "sender") for g in cells]
     above_chance(asked, {side: model for side, model in pair.sides()})
     ways = tuple(_SIDES) if direction == "both" else (direction,)
     swept = {way: _swept(pair, batch, way, todo, read, seed) for way in ways}
@@ -356,7 +368,7 @@ def cmap(
         if side not in ends:
             ends[side] = measures([run(model, batch, reader) for reader in read.values()])
     values = torch.stack([measures([s.values for s in found]) for found in swept.values()], dim=1)
-    many = [len(drawn.get(name, ())) for name in groups]
+    many = [len(drawn[name].sets) if name in drawn else 0 for name in groups]
     every = [s for found in swept.values() for s in found]
     return CmapResult(
         patched=values[:, :, : len(groups)],
@@ -368,12 +380,13 @@ def cmap(
         checked=sum(s.checked for s in every),
         sites=tuple(",".join(map(str, p)) for p in todo[: len(groups)]),
         heads=tuple(sum(s.head is not None for s in g) for g in groups.values()),
+        choices=tuple(drawn[name].there if name in drawn else 0 for name in groups),
         rest=(_WHOLE, *_added_names(rest)) if rest else (),
         output=output,
         among=among,
         unit=Metric.parse(metric).unit or str(Metric.parse(metric)),
         draw_seed=seed,
-        notes=_notes(circuit, every, [name for name, draws in drawn.items() if control and not draws]),
+        notes=_notes(circuit, every, {name: (len(d.sets), d.there) for name, d in drawn.items()} if control else {}),
         labels={"measure": names(read), "direction": tuple(ways), "cell": tuple(groups)},
     )
 
@@ -383,8 +396,7 @@ def _checked(pair: ModelPair, prompts: object, circuit: Circuit, direction: str,
     for value, name, known in ((direction, "direction", ("both", *_SIDES)), (output, "output", _OUTPUTS)):
         if value not in known:
             raise unknown(name, str(value), known)
-    if type(control) is not int or control < 0:
-        raise InputError(f"control is a number of draws, but it is {control!r}")
+    checked_draws(control)
     if not isinstance(prompts, Prompts | PromptPairs):
         raise InputError(f"cmap needs Prompts or PromptPairs, not {type(prompts).__name__}")
     if pair.one_at_a_time:
@@ -410,6 +422,14 @@ def _cells(circuit: Circuit, shape: Shape, rest: bool) -> dict[str, Group]:
         mlps = tuple(Site("mlp_out", layer) for layer in range(shape.n_layers))
         found |= dict(zip(_added_names(rest), (heads, (*heads, *mlps), (Site("resid_pre", 0), *heads, *mlps)), strict=True))
     return found
+
+
+def _unread(batch: Batch, heads: Group, read: Mapping[str, Reader]) -> set[str | int | None]:
+    """Positions at which what the last layer writes is read by nobody: they are no prompt's END, and END is all that is read."""
+    if any(reader.position != "END" for reader in read.values()):
+        return set()
+    places, ends = {site.position for site in heads if site.position is not None}, (batch.lengths.cpu() - 1).tolist()
+    return {p for p in places if not any(end in tokens for end, tokens in zip(ends, batch.at(p), strict=True))}
 
 
 def _swept(pair: ModelPair, batch: Batch, way: str, todo: Sequence[Group], read: Mapping[str, Reader], seed: int) -> list[Swept]:
@@ -438,11 +458,14 @@ def _control(values: Tensor, draws: Sequence[int]) -> Float[Tensor, "measure dir
     return found
 
 
-def _notes(circuit: Circuit, swept: Sequence[Swept], lone: Sequence[str]) -> tuple[str, ...]:
+def _notes(circuit: Circuit, swept: Sequence[Swept], drawn: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     others = [str(n) for n in circuit.nodes if n.component != "z" or n.head is None]
     left = [f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''} of the circuit not set: heads only"] if others else []
-    bare = [f"no random heads beside {', '.join(lone)}: more heads than their layers have others"] if lone else []
-    return (*dict.fromkeys(note for s in swept for note in s.notes), *left, *bare)
+    lone = [name for name, (_, there) in drawn.items() if not there]
+    bare = [f"no random heads beside {', '.join(lone)}: at some position it has more heads than its layers have others"] if lone else []
+    few = [f"{how_many(n, there)} beside {name}" for name, (n, there) in drawn.items() if there and n == there]
+    few = [f"of random heads {', '.join(few)}"] if few else []
+    return (*dict.fromkeys(note for s in swept for note in s.notes), *left, *bare, *few)
 
 
 def _at(share: Estimate, cell: int) -> str:
@@ -458,6 +481,16 @@ def _error(values: Tensor) -> float:
     return float(standard_error(values))
 
 
-def _spread(draws: Tensor) -> str:
-    many = f" +- {float(draws.double().std()):.2g} ({len(draws)} draws)" if len(draws) > 1 else ""
-    return f"{float(draws.double().mean()):.2f}{many}"
+def _known(draws: Tensor) -> Tensor:
+    return draws[~draws.isnan()]
+
+
+def _moments(draws: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, as far as there are any."""
+    found = draws.double()
+    return float(found.mean()) if len(found) else torch.nan, float(found.std()) if len(found) > 1 else torch.nan
+
+
+def _spread(draws: Tensor, there: int) -> str:
+    mean, sd = _moments(draws)
+    return f"{mean:.2f}{f' +- {sd:.2g}' if len(draws) > 1 else ''} ({how_many(len(draws), there)})"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.names import unknown
 from interp.prompts import PromptPairs, Prompts
 from interp.results import analysis
 from interp.sites import Heads
-from interp.sweeps.mask_search import MaskSearchResult, check_targets, group_of, schedule_of, search
+from interp.sweeps.mask_search import MaskSearchResult, check_circuit, check_targets, group_of, schedule_of, search
 from interp.sweeps.masks import Ties
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ class CrossDCMResult(MaskSearchResult):
         return f"{what} on the {'counterfactual' if self.source == 'corrupt' else 'same prompts'} in {receiver}"
 
 
-@analysis(version=1)
+@analysis(version=2)
 def cross_dcm(
     pair: ModelPair,
     prompts: Prompts | PromptPairs,
+    circuit: Circuit | None = None,
     *,
     direction: Direction = "tuned_to_base",
     source: Source = "corrupt",
@@ -73,11 +75,12 @@ def cross_dcm(
     Args:
         pair: the two models.
         prompts: pairs with distractors; with ``source="clean"`` prompts with answers do.
+        circuit: a circuit that the group comes from, found on prompts of other contexts.
         direction: ``tuned_to_base`` mixes activations of tuned into base, ``base_to_tuned`` the other way.
         source: the prompts that the sender reads, ``corrupt`` or ``clean``.
         output: whose W_O takes a head's z, ``receiver`` or ``sender``.
         group: heads at positions, ``L2H0,L2H3@END`` or ``heads@END``; one without a position is meant at END. By default every
-            head of the upper half of the layers at END.
+            head of the upper half of the layers at END. Of a circuit: one of its roles, by default all its heads.
         penalty: what a selected head costs, in units of the logit.
         penalties: further penalties, each with a mask of its own.
         rate: of Adam.
@@ -107,7 +110,8 @@ def cross_dcm(
         raise InputError("source=clean asks for the answers of the prompts, and these have none")
     names = _SIDES[direction]
     sender, receiver = (getattr(pair, side) for side in names)
-    sites = group_of(group, receiver.shape)
+    check_circuit(circuit, prompts, receiver.shape)
+    sites = group_of(group, receiver.shape, circuit)
     settings = {"rate": rate, "batch": batch, "epochs": epochs, "ties": ties, "seed": seed}
     schedules = [schedule_of(p, **settings) for p in dict.fromkeys((penalty, *penalties))]
     found = search(

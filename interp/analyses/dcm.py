@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from interp.circuit import Circuit
 from interp.prompts import PromptPairs
 from interp.results import analysis
 from interp.sites import Heads
-from interp.sweeps.mask_search import MaskSearchResult, check_targets, group_of, schedule_of, search
+from interp.sweeps.mask_search import MaskSearchResult, check_circuit, check_targets, group_of, schedule_of, search
 from interp.sweeps.masks import Ties
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ class DCMResult(MaskSearchResult):
     """The heads of a group that carry a variable; fields as in the base class."""
 
 
-@analysis(version=1)
+@analysis(version=2)
 def dcm(
     model: HookedModel,
     prompts: PromptPairs,
+    circuit: Circuit | None = None,
     *,
     group: Heads | str | None = None,
     penalty: float = 0.01,
@@ -52,8 +54,9 @@ def dcm(
     Args:
         model: the model.
         prompts: pairs with distractors.
+        circuit: a circuit that the group comes from, found on prompts of other contexts.
         group: heads at positions, ``L2H0,L2H3@END`` or ``heads@END``; one without a position is meant at END. By default every
-            head of the upper half of the layers at END.
+            head of the upper half of the layers at END. Of a circuit: one of its roles, by default all its heads.
         penalty: what a selected head costs, in units of the logit.
         penalties: further penalties, each with a mask of its own.
         rate: of Adam.
@@ -69,7 +72,8 @@ def dcm(
             or a setting out of range.
     """
     check_targets(prompts)
-    sites = group_of(group, model.shape)
+    check_circuit(circuit, prompts, model.shape)
+    sites = group_of(group, model.shape, circuit)
     settings = {"rate": rate, "batch": batch, "epochs": epochs, "ties": ties, "seed": seed}
     schedules = [schedule_of(p, **settings) for p in dict.fromkeys((penalty, *penalties))]
     return DCMResult(**search(model, prompts, model, sites, schedules, control=control))

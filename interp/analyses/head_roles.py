@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp import plots
@@ -20,6 +20,7 @@ from interp.roles import CLEAR, PATTERNS, attention_from, direct_effect, even, e
 from interp.sites import Site
 from interp.stats import bootstrap, permutation, standard_error
 from interp.sweeps import run
+from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,15 +43,18 @@ LEVEL, LEAST = 0.05, 0.01
 class HeadRolesResult(Result):
     """How much attention every head pays to what heads of a role attend to.
 
+    Prompts of one context are no independent draws, so means, intervals and tests on prompts are of means per context.
+
     Attributes:
         attention: mean attention to the targets of a role on random tokens that come twice.
         control: the same where no such target is: other random tokens in place of the repetition; for ``previous_token`` attention
             to the token two before.
         chance: what even attention would pay.
         looks: attention from END on the prompts; NaN for prompts without such a token. None without prompts.
-        looks_even: what even attention would pay, mean over the prompts.
+        looks_even: what even attention would pay, mean over the contexts.
         direct: how far the metric falls when what a head writes at END is taken out of the last stream.
         clean: the metric itself.
+        group: context of each prompt, as they first come. None without prompts.
         metric: text form.
         draw_seed: of bootstrap and permutations.
         labels: of ``side``, ``role`` and ``look``.
@@ -63,6 +67,7 @@ class HeadRolesResult(Result):
     looks_even: Float[Tensor, " look"] | None
     direct: Float[Tensor, "side layer head prompt"] | None
     clean: Float[Tensor, "side prompt"] | None
+    group: Int[Tensor, " prompt"] | None
     metric: str
     draw_seed: int
     labels: dict[str, tuple[str, ...]]
@@ -99,7 +104,28 @@ class HeadRolesResult(Result):
             return self.attention[i, PATTERNS.index(role)].double()
         assert self.looks is not None
         seen = self.looks[i, LOOKS.index(_ASKED[role])].double()
-        return seen[..., ~seen.isnan().flatten(0, 1).any(0)]
+        return seen[..., _there(seen)]
+
+    def independent(self, role: str, side: str | None = None) -> Float[Tensor, "layer head context"]:
+        """The same of every sequence, or the mean over the prompts of every context that have it: what statistics are of.
+
+        Args:
+            role: one of ``roles``.
+            side: which model; by default the tuned or only one.
+
+        Raises:
+            InputError: no such role or model.
+        """
+        value = self.score(role, side)
+        if role in PATTERNS or not value.shape[-1]:
+            return value
+        assert self.looks is not None
+        return self._mean(self.looks[self._side(side), LOOKS.index(_ASKED[role])])
+
+    def _mean(self, values: Float[Tensor, "... prompt"]) -> Float[Tensor, "... context"]:
+        """Means per context over the prompts that have a value."""
+        assert self.group is not None
+        return _means(values.double(), self.group)
 
     def beside(self, role: str, side: str | None = None) -> Float[Tensor, "layer head"]:
         """What a score must be above: the larger of chance and, on random tokens, the mean of the control."""
@@ -123,7 +149,7 @@ class HeadRolesResult(Result):
         """
         found: dict[str, list[tuple[int, int]]] = {}
         for role in self.roles:
-            value, beside = self.score(role, side), self.beside(role, side)
+            value, beside = self.independent(role, side), self.beside(role, side)
             if not value.shape[-1]:
                 found[role] = []
                 continue
@@ -138,12 +164,13 @@ class HeadRolesResult(Result):
     def _writes(self, role: str, i: int) -> Tensor:
         """Heads that write as a role does, [layer head]."""
         assert self.direct is not None and self.looks is not None and self.clean is not None
-        mean, least = self.direct[i].double().mean(-1), LEAST * abs(float(self.clean[i].double().mean()))
-        beyond = permutation(self.direct[i].movedim(-1, 0), seed=self.draw_seed).adjusted <= LEVEL
+        direct = self._mean(self.direct[i])
+        mean, least = direct.mean(-1), LEAST * abs(float(self._mean(self.clean[i]).mean()))
+        beyond = permutation(direct.movedim(-1, 0), seed=self.draw_seed).adjusted <= LEVEL
         if role != "inhibition":
             return beyond & (mean.abs() >= least) & (mean > 0 if role == "mover" else mean < 0)
-        answer, repeat = (self.looks[i, LOOKS.index(look)].double() for look in ("answer", "repeat"))
-        return repeat.nanmean(-1) > answer.nanmean(-1).nan_to_num(0.0)
+        answer, repeat = (self._mean(self.looks[i, LOOKS.index(look)]).mean(-1) for look in ("answer", "repeat"))
+        return repeat > answer.nan_to_num(0.0)
 
     def summary(self) -> str:
         """The heads of every role with the score of the first, beside chance; how many sequences and prompts."""
@@ -152,11 +179,19 @@ class HeadRolesResult(Result):
             told = [self._told(role, heads, side) for role, heads in self.named(side).items()]
             parts.append(f"{side}: {'; '.join(told)}" if len(self.sides) > 1 else "; ".join(told))
         n = [f"n = {self.attention.shape[-1]} sequences of random tokens"]
-        n += [] if self.looks is None else [f"{self.looks.shape[-1]} prompts"]
+        n += [] if self.group is None else [self.n]
         return "; ".join([*parts, " and ".join(n)])
 
+    @property
+    def n(self) -> str:
+        """How many prompts, or contexts where several prompts share one, statistics on prompts are of; nothing without prompts."""
+        if self.group is None:
+            return ""
+        prompts, contexts = len(self.group), int(self.group.max()) + 1
+        return f"{prompts} prompts" if prompts == contexts else f"{contexts} contexts of {prompts} prompts"
+
     def _told(self, role: str, heads: list[tuple[int, int]], side: str) -> str:
-        value = self.score(role, side)
+        value = self.independent(role, side)
         if not heads:
             return f"no {role}" + ("" if value.shape[-1] else " (no prompt has what it looks at)")
         more = f" and {len(heads) - 3} more" if len(heads) > 3 else ""
@@ -168,7 +203,8 @@ class HeadRolesResult(Result):
         """One row per role, head and model; ``per="prompt"`` one per sequence or prompt.
 
         ``effect`` is attention above chance and control with its standard error, ``score`` the attention itself with the ends of
-        its bootstrap interval; ``direct`` what a head writes towards the answer, where prompts were given.
+        its bootstrap interval; ``direct`` what a head writes towards the answer, where prompts were given. Where prompts share a
+        context these are of means per context.
 
         Raises:
             InputError: ``per`` is something else.
@@ -191,7 +227,7 @@ class HeadRolesResult(Result):
                 yield {"side": side, "role": role, "site": str(Site("z", *cell)), "prompt": prompt, "score": x}
 
     def _rows(self, i: int, side: str, role: str) -> Iterator[dict[str, Any]]:
-        value, beside, holders = self.score(role, side), self.beside(role, side), self.named(side)[role]
+        value, beside, holders = self.independent(role, side), self.beside(role, side), self.named(side)[role]
         if not value.shape[-1]:
             return
         above = (value - beside[..., None]).movedim(-1, 0)
@@ -201,7 +237,7 @@ class HeadRolesResult(Result):
             row: dict[str, Any] = {"side": side, "role": role, "site": str(Site("z", *cell)), "named": cell in holders}
             numbers = {"effect": above.mean(0), "effect_se": error, "score": share.value, "low": share.low, "high": share.high}
             numbers |= {"beside": beside, "p": test.p, "p_adjusted": test.adjusted}
-            direct = {} if self.direct is None else {"direct": float(self.direct[i].double().mean(-1)[cell])}
+            direct = {} if self.direct is None else {"direct": float(self._mean(self.direct[i]).mean(-1)[cell])}
             yield {**row, **{name: float(x[cell]) + 0.0 for name, x in numbers.items()}, **direct}
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -221,13 +257,13 @@ class HeadRolesResult(Result):
         """Attention above chance of every head for every role; for a pair also the change."""
         found = {}
         for role in self.roles:
-            if not self.score(role).shape[-1]:
+            if not self.independent(role).shape[-1]:
                 continue
-            above = {side: self.score(role, side).mean(-1) - self.beside(role, side) for side in self.sides}
+            above = {side: self.independent(role, side).mean(-1) - self.beside(role, side) for side in self.sides}
             if len(self.sides) == 2:
                 above = {_CHANGE: above["tuned"] - above["base"], **{side: above[side] for side in reversed(self.sides)}}
             top = max(float(x.abs().max()) for x in above.values())
-            n = self.score(role).shape[-1]
+            n = self.independent(role).shape[-1]
             for view, x in above.items():
                 of = "" if len(self.sides) == 1 else f", {view}"
                 found[f"{role}{of}"] = plots.heatmap(
@@ -242,7 +278,7 @@ class HeadRolesResult(Result):
         return found
 
 
-@analysis(version=1)
+@analysis(version=2)
 def head_roles(
     model: HookedModel | ModelPair,
     prompts: Prompts | PromptPairs | None = None,
@@ -262,7 +298,8 @@ def head_roles(
     With prompts also, from END (Wang et al. 2023, arXiv 2211.00593): movers look at the answer and write it, negative movers look at it and
     write against it, inhibition heads look at the last mention of a distractor that was mentioned before. What is written is how
     far the metric falls when a head's output is taken out of the last stream, its final norm taken anew. That an inhibition head
-    turns movers away is not measured here but by ``circuit_discovery``.
+    turns movers away is not measured here but by ``circuit_discovery``. Where prompts share a context, statistics are of means per
+    context.
 
     Args:
         model: one model, or a pair to compare.
@@ -282,7 +319,7 @@ def head_roles(
     uniform = even(drawn.twice)[:, None]
     chance = [float(paid(uniform, target).mean()) for target in wanted]
     asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
-    looks, direct, clean, expected = [], [], [], None
+    looks, direct, clean, expected, group = [], [], [], None, None
     if asked is not None:
         judge = Metric.parse(metric)
         if judge.position != "END" or judge.needs_reference:
@@ -291,7 +328,8 @@ def head_roles(
         keys = _looked_at(asked, batch, answer)
         reader = judge.reader(asked)
         last = even_from(batch, batch.index("END"))
-        expected = torch.stack([_to(last, key).nanmean() for key in keys])
+        group = grouped(asked.contexts)
+        expected = torch.stack([_means(_to(last, key), group).mean() for key in keys])
         for _, m in sides:
             attention = attention_from(m, batch, "END").double()
             looks.append(torch.stack([_to(attention, key[:, None, None]).movedim(0, -1) for key in keys]).float())
@@ -305,10 +343,25 @@ def head_roles(
         looks_even=None if expected is None else expected.float(),
         direct=torch.stack(direct) if direct else None,
         clean=torch.stack(clean) if clean else None,
+        group=group,
         metric=str(metric),
         draw_seed=seed,
         labels={"side": tuple(side for side, _ in sides), "role": PATTERNS, "look": LOOKS},
     )
+
+
+def _there(values: Float[Tensor, "... prompt"]) -> Tensor:
+    """Prompts that have a value."""
+    return ~values.isnan().reshape(-1, values.shape[-1]).any(0)
+
+
+def _means(values: Float[Tensor, "... prompt"], group: Tensor) -> Float[Tensor, "... context"]:
+    """Means per context over the prompts that have a value; contexts without any are left out."""
+    there = _there(values)
+    kept = values[..., there]
+    if not kept.shape[-1]:
+        return kept
+    return by_context(kept.movedim(-1, 0), group[there].unique(return_inverse=True)[1]).movedim(0, -1)
 
 
 def _to(attention: Tensor, key: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from interp.analyses import ANALYSES
-from interp.cli import commands, run
+from interp.cli import commands, factors, run
 from interp.cli.signatures import MODELS, PROMPTS, Parameter, Signature, signature
 from interp.cli.values import describe, is_switch, text_of
 from interp.errors import InputError
@@ -58,8 +58,9 @@ def _overview() -> str:
 def _known(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     args, extra = parser.parse_known_args(words)
     if extra:
-        near = get_close_matches(extra[0].split("=")[0], set(re.findall(r"--[\w-]+", parser.format_help())), n=1)
-        raise InputError(f"{parser.prog} does not take {extra[0]!r}" + (f"; nearest: {near[0]}" if near else ""))
+        given, flags = extra[0].split("=")[0], list(dict.fromkeys(re.findall(r"--[\w-]+", parser.format_help())))
+        near = [flag for flag in flags if len(given) > 2 and flag.endswith(given[1:])] or get_close_matches(given, flags, n=1)
+        raise InputError(f"{parser.prog} does not take {extra[0]!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
     return args
 
 
@@ -100,7 +101,9 @@ def _show(p: Parser) -> None:
 
 
 def _replay(p: Parser) -> None:
-    p.add_argument("folder", metavar="DIR", help="a saved result; files it names are looked for here, then beside its results folder")
+    p.add_argument(
+        "folder", metavar="DIR", help="a saved result; files it names are looked for where they were, here, and beside its results folder"
+    )
     p.add_argument("--out", metavar="DIR", help="save the new result under DIR as well")
     for side in run.SIDES:
         p.add_argument(f"--{side}", metavar="MODEL", help="where that model is now, if it has moved")
@@ -128,6 +131,26 @@ def _tasks(p: Parser) -> None:
     p.set_defaults(action=commands.tasks)
 
 
+def _factors(p: Parser) -> None:
+    p.add_argument("model", metavar="MODEL", help="folder, Hub id (org/model@revision) or shipped organism")
+    p.add_argument("--adapter", metavar="DIR", help="an adapter to apply to it")
+    p.add_argument("--prompts", metavar="FILE", help="texts (JSONL or one per line)")
+    p.add_argument("--task", metavar="TASK", help="prompts of a task, as 'plain_text(source=prose)'")
+    p.add_argument("--text", metavar="FILE", help=f"running text, cut into rows of {factors.ROW} tokens without special ones")
+    p.add_argument("--n", type=_count, metavar="N", help="how many prompts or rows (default: 50 of a task, all of a file)")
+    p.add_argument("--prompts-seed", type=_whole, default=0, metavar="SEED", help="seed of a task's prompts (default 0)")
+    p.add_argument("--modules", metavar="W_..,..", help="among W_Q,W_K,W_V,W_O,W_in,W_gate,W_out (default: all)")
+    p.add_argument("--layers", metavar="INT,...", help="their layers (default: all)")
+    told = "drawn from the model's own predictions (the Fisher matrix), or the tokens of the text (default %(default)s)"
+    p.add_argument("--labels", choices=("sampled", "gold"), default="sampled", help=told)
+    p.add_argument("--seed", type=_whole, default=0, help="of the drawn labels (default %(default)s)")
+    p.add_argument("--groups", type=_count, metavar="N", help="collect in N parts, to save memory (default: as few as fit)")
+    kept = "the folder; an interrupted collection goes on there, and more prompts add to a finished one"
+    p.add_argument("--out", required=True, metavar="DIR", help=kept)
+    _loading(p)
+    p.set_defaults(action=factors.factors)
+
+
 def _organisms(p: Parser) -> None:
     p.add_argument("verb", choices=("train",), metavar="train", help="train a shipped organism again from its recipe")
     p.add_argument("name", metavar="NAME", help="its name, see `interp models`")
@@ -140,6 +163,7 @@ _COMMANDS = {
     "compare": ("Compare a base and one or several tuned models, on one page; the shipped pair without arguments.", _compare),
     "list": ("List the analyses.", _list),
     "run": ("Run one analysis; `interp run ANALYSIS --help` lists its flags.", _run),
+    "factors": ("Collect the Kronecker factors of a model's curvature, which some analyses take.", _factors),
     "show": ("Print a saved result.", _show),
     "replay": ("Compute a saved result again and say whether the numbers are the same.", _replay),
     "report": ("Write saved results as one page.", _report),
@@ -196,6 +220,9 @@ def _add_input(group: argparse._ArgumentGroup, parameter: Parameter, of: Signatu
     elif "Circuit" in parameter.names:
         told = f"{parameter.help.rstrip('.')} (a file that circuit.save wrote, or a saved result that found it; DIR:base of a pair's)"
         group.add_argument(flag, metavar="FILE|DIR", dest=f"input_{parameter.name}", help=told.replace("%", "%%"))
+    elif "Factors" in parameter.names:
+        told = f"{parameter.help.rstrip('.')} (a folder that `interp factors` or kfac_factors wrote)"
+        group.add_argument(flag, metavar="FOLDER", dest=f"input_{parameter.name}", help=told.replace("%", "%%"))
     else:
         group.add_argument(flag, metavar="DIR", dest=f"input_{parameter.name}", help=parameter.help or "a saved result")
 

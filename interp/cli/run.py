@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.analyses import find
-from interp.circuit import Circuit
+from interp.circuit import Circuit, circuit_of
 from interp.cli.signatures import MODELS, PROMPTS, Parameter, Signature, signature
 from interp.cli.values import convert
 from interp.errors import InputError
-from interp.inputs import Loading, Session, checked_prompts, stamp
+from interp.inputs import Loading, Session, checked_prompts, resolved, stamp
+from interp.names import AND
 from interp.request import check_writable
 
 if TYPE_CHECKING:
-    from interp.results import Result
+    from interp.results import Meta, Result
 
 SIDES = ("model", "base", "tuned")
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def _stamped(result: Result, of: Signature, args: argparse.Namespace) -> Result:
     """The result with what was written for its inputs."""
     models = {side: text for side in SIDES if (text := getattr(args, side, None)) is not None}
-    files = {p.name: text for p in of.of_kind(*PROMPTS, "Circuit") if (text := getattr(args, f"input_{p.name}")) is not None}
+    files = {p.name: text for p in of.of_kind(*PROMPTS, "Circuit", "Factors") if (text := getattr(args, f"input_{p.name}")) is not None}
     counts = {p.name: getattr(args, f"n_{p.name}", None) for p in of.of_kind(*PROMPTS)}
     return stamp(result, loading(args), models, adapter=getattr(args, "adapter", None), prompts=files, n=counts)
 
@@ -87,6 +88,8 @@ def _check_inputs(of: Signature, args: argparse.Namespace) -> None:
             task(written)
         elif "Circuit" in parameter.names:
             circuit(written)
+        elif "Factors" in parameter.names:
+            factors(written)
 
 
 def circuit(written: str) -> Circuit:
@@ -103,12 +106,22 @@ def circuit(written: str) -> Circuit:
         return Circuit.load(written)
     result = store.load(folder)
     found: Any = getattr(result, "circuit", None)
-    made: Any = found(side) if callable(found) else found
-    if not isinstance(made, Circuit):
+    if not callable(found) and not isinstance(found, Circuit):
         raise InputError(f"{folder} is a result of {result.meta.analysis}, which has no circuit to take; one in Python is kept with save")
     if side is not None and not callable(found):
         raise InputError(f"the circuit in {folder} is that of one model; write {folder} without {side}")
-    return made
+    return circuit_of(result, folder, side)
+
+
+def factors(written: str) -> Any:
+    """Factors from their folder.
+
+    Raises:
+        InputError: there are none.
+    """
+    from interp.models.factors import Factors
+
+    return Factors.open(written)
 
 
 def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
@@ -127,7 +140,8 @@ def _inputs(of: Signature, args: argparse.Namespace) -> list[Any]:
         elif written is None:
             made.append(None)
         else:
-            read = task if "Task" in parameter.names else circuit if "Circuit" in parameter.names else store.load
+            readers = {"Task": task, "Circuit": circuit, "Factors": factors}
+            read = next((reader for kind, reader in readers.items() if kind in parameter.names), store.load)
             made.append(read(written))
     return made
 
@@ -179,28 +193,64 @@ def replay(args: argparse.Namespace) -> int:
     old = store.load(args.folder)
     words = [w for w in store.replay(args.folder) if not any(getattr(args, side) and w.startswith(f"--{side}=") for side in SIDES)]
     words += [f"--{side}={text}" for side in SIDES if (text := getattr(args, side))]
-    words = [_placed(word, [given["text"] for given in old.meta.inputs], Path(args.folder)) for word in words]
+    places = {_flag(given["parameter"]): given for given in old.meta.inputs if given["text"]}
+    words = [_placed(word, places, Path(args.folder)) for word in words]
     print(shlex.join(words), flush=True)
     again = parse(words[1:])
     again.trust_remote_code = args.trust_remote_code
     of = signature(again.analysis)
     _check_inputs(of, again)
-    new = _stamped(find(of.name)(*_inputs(of, again), **_settings(of, again)), of, again)
+    function, inputs, settings = find(of.name), _inputs(of, again), _settings(of, again)
+    _check_unchanged(old, function.describe(*inputs, **settings), words, args.folder)
+    new = _stamped(function(*inputs, **settings), of, again)
     if args.out is not None:
         print(f"saved: {store.save(new, Path(args.out) / 'results')}")
     print(new.summary())
     return _agreement(old, new)
 
 
-def _placed(word: str, texts: Sequence[str], folder: Path) -> str:
-    """A word of a command, where a file that it names is not here but beside the results that the folder is in."""
+def _flag(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
+
+
+def _placed(word: str, named: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """A word of a command; where it names a file that is not here, with the place it was in, or that beside the results of the folder."""
     flag, _, text = word.partition("=")
-    if not text or text not in texts or Path(text).is_absolute():
+    if flag not in named or text != named[flag]["text"]:
         return word
-    top = folder.resolve().parents[2:3]  # DIR of DIR/results/ANALYSIS/IDENTITY: there most commands are given
-    name = text if Path(text).suffix or ":" not in text else text.rpartition(":")[0]  # DIR:base
-    there = [place for place in top if (place / name).exists()]
-    return f"{flag}={there[0] / text}" if there and not Path(name).exists() else word
+    kept = named[flag].get("path")
+    if isinstance(kept, str) and resolved(text) != kept and resolved(kept) == kept and _is_there(kept):
+        return f"{flag}={kept}"
+    top = folder.resolve().parents[2:3]  # DIR of DIR/results/ANALYSIS/IDENTITY: there many commands are given
+    there = [place for place in top if _is_there(str(place / text))]
+    return f"{flag}={there[0] / text}" if there and not Path(text).is_absolute() and not _is_there(text) else word
+
+
+def _is_there(text: str) -> bool:
+    """Whether the files that a text names, as ``FILE``, ``DIR:base`` or ``FILE + ioi``, are there; true where it names none."""
+    parts = [text] if Path(text).exists() else text.split(AND)
+    names = [part if Path(part).exists() or ":" not in part else part.rpartition(":")[0] for part in parts]
+    return all(Path(name).exists() for name in names if len(parts) == 1 or "/" in name or Path(name).suffix)
+
+
+_OTHERS = {"Circuit": "another circuit", "Prompts": "other prompts", "PromptPairs": "other prompts", "Factors": "other factors"}
+
+
+def _check_unchanged(old: Result, now: Meta, words: Sequence[str], folder: str) -> None:
+    """Refuse files that have changed since. Other models are no reason: what they read in a file may differ, and that is said later.
+
+    Raises:
+        InputError: a file or folder that the result names holds something else now.
+    """
+    if [m["fingerprint"] for m in old.meta.models] != [m["fingerprint"] for m in now.models]:
+        return
+    found = {given["parameter"]: given["digest"] for given in now.inputs}
+    written = {flag: text for flag, _, text in (word.partition("=") for word in words)}
+    for given in old.meta.inputs:
+        place = written.get(_flag(given["parameter"]), "")
+        file = place and not given.get("task") and (given.get("path") or resolved(place) != place or Path(place).exists())
+        if file and found.get(given["parameter"]) != given["digest"]:
+            raise InputError(f"{place} holds {_OTHERS.get(given['kind'], 'something else')} now than the result {folder} was made from")
 
 
 def _agreement(old: Result, new: Result) -> int:

@@ -82,11 +82,18 @@ class Running(Text):
         return found
 
     def each(self, batch: Batch, bytes_per_token: int, run: Callable[[Part], Any]) -> Iterator[tuple[Part, Any]]:
-        """Run a function on every part, with smaller parts when memory runs out."""
+        """Run a function on every part, with smaller parts when memory runs out.
+
+        Args:
+            batch: the prompts.
+            bytes_per_token: what a pass takes beside attention, which grows with the square of the length and is added here.
+            run: of a part.
+        """
         order = torch.argsort(batch.lengths, descending=True, stable=True).tolist()
         at = 0
         while at < len(order):
-            n = self._budget.rows(int(batch.lengths[order[at]]) * bytes_per_token)
+            width = int(batch.lengths[order[at]])
+            n = self._budget.rows(width * bytes_per_token + self._attention_bytes(width))
             rows = order[at : at + n]
             part = Part.of(batch, rows)
             done, out = self._budget.attempt(lambda part=part: run(part), len(rows))
@@ -173,6 +180,10 @@ class Running(Text):
     def _bytes_per_token(self, extra: int = 0) -> int:
         s = self.shape
         return (4 * s.d_model + 2 * s.d_mlp + 2 * s.n_heads * s.d_head + extra) * max(self.dtype.itemsize, 4)
+
+    def _attention_bytes(self, width: int) -> int:
+        """What one layer's attention of a prompt takes: scores, those with the mask, their softmax, and a copy that a hook makes."""
+        return 4 * self.shape.n_heads * width * width * max(self.dtype.itemsize, 4)
 
     def sites(self, sites: str | Site | Sequence[str | Site]) -> list[Site]:
         """Sites from texts, checked against this model.

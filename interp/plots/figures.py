@@ -29,6 +29,8 @@ from interp.plots.text import escape, label, visible
 
 Labels = Sequence[object]
 Interval = tuple[Any, Any]
+FEW = 16
+"""Whole numbers along an axis up to which each has a tick."""
 
 
 def heatmap(
@@ -179,11 +181,18 @@ def lines(
                 **look,
             )
         )
-    below = token_axis(tokens, limit=TICKS) if tokens is not None else None
+    below = token_axis(tokens, limit=TICKS) if tokens is not None else _whole(traces)
     made = figure(*traces, title=title, xlabel=xlabel, ylabel=ylabel, height=height, xaxis=below)
     if floor:
         made.add_hrect(y0=-floor, y1=floor, fillcolor=FLOOR, opacity=0.5, line_width=0, layer="below")
     return made
+
+
+def _whole(traces: Sequence[Any]) -> dict[str, Any] | None:
+    """A tick at every position, where these are whole numbers and few: a layer has no half."""
+    places = np.concatenate([np.asarray(trace.x, dtype=np.float64) for trace in traces]) if traces else np.zeros(0)
+    whole = len(places) > 0 and bool(np.all(places == np.round(places)))
+    return {"dtick": 1, "tick0": 0, "tickformat": "d"} if whole and np.ptp(places) <= FEW else None
 
 
 def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, paint: str, name: str) -> list[go.Scatter]:
@@ -243,13 +252,15 @@ def bars(
         ends = None if not intervals or name not in intervals else intervals[name]
         grey = under_floor(sizes, floor)
         traces += _bar(name, sizes, ends, grey, colour(name, number[name]), lying, _names(names, len(names), tokens))
-    side = token_axis(names, width=24) if tokens else axis(names, width=36 if lying else 18)
+    side = token_axis(names, width=24) if tokens else axis(names, width=72 if lying else 30, lines=36 if lying else None)
     if lying:
         tall = height or int(min(max(130 + 18 * len(names) * len(series) + 8 * len(names), 220), 4000))
         side["range"] = [len(names) - 0.5, -0.5]
         made = figure(*traces, title=title, xlabel=ylabel, ylabel=xlabel, height=tall, yaxis=side)
     else:
         made = figure(*traces, title=title, xlabel=xlabel, ylabel=ylabel, height=height or HEIGHT, xaxis=side)
+        if made["layout"]["xaxis"]["tickangle"] == 90 and not height:  # the labels stand upright, and take nothing from the bars
+            made.update_layout(height=HEIGHT + 6 * min(max(map(len, names)), 30))
     made.update_layout(barmode="group", bargap=0.25)
     if reference is not None:
         _reference(made, reference, reference_label, lying)

@@ -99,9 +99,17 @@ def _upright(xaxis: Mapping[str, Any]) -> dict[str, Any]:
     return {"tickangle": 90 if crowded else 0, **xaxis} if texts else dict(xaxis)
 
 
-def axis(labels: Sequence[object], *, width: int = 24, limit: int | None = None) -> dict[str, Any]:
-    """Plotly axis settings for named entries at integer positions 0..n-1; ``limit`` thins the tick texts out."""
-    return _ticks([label(text, width) for text in labels], limit)
+def axis(labels: Sequence[object], *, width: int = 24, limit: int | None = None, lines: int | None = None) -> dict[str, Any]:
+    """Plotly axis settings for named entries at integer positions 0..n-1.
+
+    Args:
+        labels: of the entries.
+        width: characters after which a label is cut.
+        limit: how many tick texts are shown; more are thinned out.
+        lines: characters after which a label goes on in a second line.
+    """
+    texts = [label(text, width) for text in labels]
+    return _ticks([wrap(html.unescape(text), lines) if lines and len(html.unescape(text)) > lines else text for text in texts], limit)
 
 
 def token_axis(tokens: Sequence[object], *, width: int = 14, limit: int | None = None) -> dict[str, Any]:

@@ -225,8 +225,11 @@ def greedy_subset(runs: Ablations, nodes: Nodes, steps: int, candidates: int, se
 
 
 def own_class(nodes: Nodes, roles: Mapping[Site, str]) -> list[Nodes]:
-    """For every node the others of its role; none for a node without."""
-    return [tuple(n for n in nodes if n != node and node in roles and roles.get(n) == roles[node]) for node in nodes]
+    """For every node the other heads, or MLPs, of its role; none for a node without.
+
+    The node's own head at another position is not among them: with it gone, what reads the node may have nothing left to read.
+    """
+    return [tuple(n for n in nodes if n.at(None) != node.at(None) and node in roles and roles.get(n) == roles[node]) for node in nodes]
 
 
 def telling(runs: Ablations, nodes: Nodes, given: Sequence[Nodes], steps: int, candidates: int, seed: int) -> list[Nodes]:

@@ -19,6 +19,8 @@ from interp.prompts import PromptPairs, Prompts
 from interp.results import Result
 from interp.sites import Heads, Site
 from interp.stats import Estimate, mcnemar, paired_change, permutation, recovered, standard_error, wilson
+from interp.sweeps.answers import head_groups, heads_of, unseen
+from interp.sweeps.draws import checked_draws, how_many
 from interp.sweeps.groups import groups_of, head_sites
 from interp.sweeps.masks import Schedule, Side, Trained, parts, random_subsets, trained
 
@@ -45,12 +47,14 @@ class MaskSearchResult(Result):
         hit: the target is the most likely token with the selected heads mixed in.
         nothing: it is with none of them.
         everything: it is with the whole group.
-        control: it is with random heads of the group, as many as are selected.
+        control: it is with random heads of the group, as many as are selected, no two draws alike and none the selection.
+        choices: how many such sets there are.
         start: logit of the target with nothing mixed in.
         goal: with the selected heads mixed in.
         alone: with one of them.
         loss: before every step.
         validation: accuracy on the validation prompts at the checks.
+        unmixed: of doing nothing on the validation prompts, which a mask has to beat.
         size: how many heads were selected then.
         steps: after how many steps.
         labels: the group, and the penalties.
@@ -72,11 +76,13 @@ class MaskSearchResult(Result):
     nothing: Bool[Tensor, " prompt"]
     everything: Bool[Tensor, " prompt"]
     control: Bool[Tensor, "draw prompt"]
+    choices: int
     start: Float[Tensor, " prompt"]
     goal: Float[Tensor, " prompt"]
     alone: Float[Tensor, "chosen prompt"]
     loss: Float[Tensor, "penalty step"]
     validation: Float[Tensor, "penalty check"]
+    unmixed: float
     size: Int[Tensor, "penalty check"]
     steps: Int[Tensor, " check"]
     labels: dict[str, tuple[str, ...]]
@@ -160,11 +166,11 @@ class MaskSearchResult(Result):
         nothing = f"{self.floor:.1%} with nothing mixed in"
         everything = f"{self.ceiling:.1%} with all {group}"
         if not self.chosen:
-            main = f"0 of {group} heads carry the variable: no mask beat doing nothing on the {self.split[1]} validation prompts"
-            main += f"; the target comes on {nothing} and {everything}"
+            main = f"0 of {group} heads are selected: {self.why_none(0)}; the target comes on {nothing} and {everything}"
         else:
             low, high = self.interval
-            random = f" and {_spread(self.random_heads)} with as many random ones" if len(self.control) else ""
+            many = how_many(len(self.control), self.choices)
+            random = f" and {_spread(self.random_heads)} with as many random ones ({many})" if len(self.control) else ""
             main = (
                 f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of held-out prompts get the target with {len(self.chosen)} of {group} heads"
             )
@@ -173,8 +179,20 @@ class MaskSearchResult(Result):
         exact = f"{self.checked} runs checked the plain way are off by at most {self.deviation:.1g}"
         return "; ".join([f"{main} ({self.told()}; n = {n} prompts; {self.solved}; {exact})", *self.notes])
 
+    def why_none(self, penalty: int) -> str:
+        """Why no head is selected at a penalty, whatever its mask is; empty where some are."""
+        if bool(self.selected[penalty].any()):
+            return ""
+        best, least = float(self.validation[penalty].max()), self.unmixed
+        if best <= least:
+            return f"no mask beat doing nothing on the {self.split[1]} validation prompts ({best:.1%}, {least:.1%} with nothing mixed in)"
+        return f"the mask that was best on the {self.split[1]} validation prompts mixes no head by more than one half"
+
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per penalty and head, with the accuracy of the penalty's heads; ``per="prompt"`` one row per held-out prompt.
+
+        ``selected`` are heads whose ``mask`` is below one half, if the mask was better than doing nothing on the validation prompts
+        (``validation`` and ``validation_nothing``); ``why_none`` says why there are none.
 
         Raises:
             InputError: ``per`` is something else.
@@ -192,6 +210,7 @@ class MaskSearchResult(Result):
         for i, penalty in enumerate(self.labels["penalty"]):
             low, high = _interval(self.hit[i])
             of = {"accuracy": float(self.hit[i].double().mean()), "low": low, "high": high, "heads": int(self.selected[i].sum())}
+            of |= {"validation": float(self.validation[i].max()), "validation_nothing": self.unmixed, "why_none": self.why_none(i)}
             for name, mask, chosen in zip(self.labels["head"], self.mask[i].tolist(), self.selected[i].tolist(), strict=True):
                 rows.append({"penalty": float(penalty), "site": name, "mask": mask, "selected": chosen, **of})
         return pd.DataFrame(rows)
@@ -216,10 +235,10 @@ class MaskSearchResult(Result):
         names, hits = ["nothing", *chosen, f"all {self.mask.shape[1]} heads"], [self.nothing, *self.hit, self.everything]
         values, ends = [float(x.double().mean()) for x in hits], [_interval(x) for x in hits]
         if len(self.control):
-            names.insert(1, f"{len(self.chosen)} random heads")
+            names.insert(1, f"{len(self.chosen)} random head{'s' * (len(self.chosen) != 1)}")
             values.insert(1, float(self.random_heads.mean()))
             ends.insert(1, (float(self.random_heads.min()), float(self.random_heads.max())))
-        drawn = f"; of random heads the range of {len(self.control)} draws" if len(self.control) else ""
+        drawn = f"; of random heads the range of {how_many(len(self.control), self.choices)}" if len(self.control) else ""
         return plots.bars(
             names,
             {"accuracy": values},
@@ -233,6 +252,8 @@ class MaskSearchResult(Result):
         """Accuracy, the mask by layer and head, and the validation accuracy during training."""
         found = {"": self.plot()}
         sites = [Site.parse(text) for text in self.labels["head"]]
+        which = self.why_none(0)
+        which = f"none is selected: {which}" if which else "selected above one half"
         for place in dict.fromkeys(site.position for site in sites):
             mixed = torch.full(self.sizes[:2], torch.nan)
             for site, value in zip(sites, self.mask[0].tolist(), strict=True):
@@ -240,7 +261,7 @@ class MaskSearchResult(Result):
                     mixed[site.layer or 0, site.head or 0] = 1 - value
             found[f"Mask at {place}"] = plots.heatmap(
                 mixed,
-                title=f"How far each head of the group is mixed at {place} (selected above one half)",
+                title=f"How far each head of the group is mixed at {place} ({which})",
                 xlabel="head",
                 ylabel="layer",
                 unit="1 - mask",
@@ -248,23 +269,41 @@ class MaskSearchResult(Result):
                 difference=False,
             )
         series = {f"penalty {p}": v for p, v in zip(self.labels["penalty"], self.validation, strict=True)}
+        series["nothing mixed in"] = torch.full_like(self.validation[0], self.unmixed)
         title = f"Training: accuracy on {self.split[1]} validation prompts"
         found["Training"] = plots.lines(series, self.steps, title=title, xlabel="step", ylabel="share of prompts with the target")
         return found
 
 
-def group_of(text: Heads | str | None, shape: Shape) -> list[Site]:
+def group_of(text: Heads | str | None, shape: Shape, circuit: Circuit | None = None) -> list[Site]:
     """The heads of a group, at END where no position is named; every head of the upper half of the layers where nothing is.
+
+    Of a circuit a group is a role, or all its heads.
 
     Raises:
         InputError: a text that names something else than heads.
     """
+    if circuit is not None and (text is None or str(text) in circuit.roles.values()):
+        found = heads_of(circuit) if text is None else head_groups(circuit).get(str(text), ())
+        if not found:
+            raise InputError(f"the role {text} of the circuit has no attention heads")
+        return [s if s.position is not None else s.at("END") for s in found]
     if text is None:
         return [s for s in head_sites("z", shape, "END") if (s.layer or 0) >= shape.n_layers // 2]
     sites = [s for group in groups_of(text, "z", shape).values() for s in group]
     if wrong := [s for s in sites if s.component != "z"]:
         raise InputError(f"{wrong[0]} in the group is no head; a mask is over heads, as in L2H0,L2H3@END or heads@END")
     return list(dict.fromkeys(s if s.position is not None else s.at("END") for s in sites))
+
+
+def check_circuit(circuit: Circuit | None, prompts: Prompts | PromptPairs, shape: Shape) -> None:
+    """Refuse a circuit of another model, or one that was found on contexts of these prompts.
+
+    Raises:
+        InputError: as said.
+    """
+    if circuit is not None:
+        unseen(prompts, circuit.check(shape))
 
 
 def check_targets(prompts: object) -> None:
@@ -279,6 +318,10 @@ def check_targets(prompts: object) -> None:
         )
     if prompts.distractors is None:
         raise InputError("the target is the distractor of a clean prompt, the answer if the variable moved over, and these pairs have none")
+    if prompts.answers is not None and prompts.corrupt.answers is None:
+        of = prompts.task
+        way = "; take corrupt=object, label or position" if of.startswith("boxes") else "; take counterfactuals that have one"
+        raise InputError(f"the counterfactuals{f' of {of}' if of else ''} have no answer, so there is no variable whose value moves{way}")
     if prompts.answers is not None:
         same = sum(a == b for a, b in zip(prompts.answers, prompts.distractors, strict=True))
         if same:
@@ -339,19 +382,20 @@ def search(
     Raises:
         InputError: heads or positions that are not there, or too few contexts.
     """
-    if type(control) is not int or control < 0:
-        raise InputError(f"control is a number of draws, but it is {control!r}")
+    checked_draws(control)
     seed = schedules[0].seed
     split = parts(prompts, seed)
     solved, notes = _solved(model, donor, split[0], source, names)
     train, validation, test = (Side.of(model, some, donor, group, component, source) for some in split)
     found = [trained(train, validation, s, f"mask, penalty {s.penalty:g}") for s in schedules]
     selected = torch.stack([t.selected for t in found])
-    draws = random_subsets(len(group), int(selected[0].sum()), control, seed)
+    draws, there = random_subsets(selected[0], control, seed)
     lone = [torch.arange(len(group)) == i for i in selected[0].nonzero().flatten().tolist()]
     checked, deviation = test.checked(0.25 + 0.5 * found[0].mask)  # no weight at its end, so that every head is seen
     if int(selected[0].sum()) and not draws and control:
-        notes.append("no random heads: the whole group is selected")
+        notes.append("no random heads: the whole group is selected, and there is no other set of as many")
+    if draws and len(draws) == there:
+        notes.append(f"of as many random heads there {'is one other set' if there == 1 else f'are {there} other sets'} in the group")
     return {
         "mask": torch.stack([t.mask for t in found]),
         "selected": selected,
@@ -359,6 +403,8 @@ def search(
         "nothing": test.hits(torch.ones(len(group))),
         "everything": test.hits(torch.zeros(len(group))),
         "control": _stacked([test.hits(test.rounded(s)) for s in draws], len(test.target), torch.bool),
+        "choices": there,
+        "unmixed": found[0].floor,
         "start": test.logits(torch.ones(len(group))),
         "goal": test.logits(test.rounded(selected[0])),
         "alone": _stacked([test.logits(test.rounded(s)) for s in lone], len(test.target), torch.float32),
@@ -384,7 +430,8 @@ def _training(found: Sequence[Trained]) -> dict[str, Tensor]:
 
 def _solved(model: HookedModel, donor: HookedModel, prompts: PromptPairs, source: str, names: tuple[str, str]) -> tuple[str, list[str]]:
     """How often the models answer the prompts rightly, in words; told at once where it is no better than a guess."""
-    asked = [(names[0], model, "clean", prompts.clean)]
+    # What the sender knows about the same prompts is what can move: there a receiver that knows nothing has the most to gain.
+    asked = [(names[0], model, "clean", prompts.clean)] if source == "corrupt" else []
     asked += [(names[1], donor, source, prompts.corrupt if source == "corrupt" else prompts.clean)]
     said, notes = [], []
     for name, who, which, some in asked:

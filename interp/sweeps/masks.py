@@ -16,6 +16,7 @@ from interp.models.masked import Component, Masked, Mix
 from interp.progress import progress
 from interp.prompts import PromptPairs
 from interp.sites import Site
+from interp.sweeps.draws import distinct
 
 if TYPE_CHECKING:
     from interp.models import HookedModel
@@ -196,11 +197,14 @@ def parts(prompts: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs, Pr
     return found[0], found[1], found[2]
 
 
-def random_subsets(n: int, size: int, draws: int, seed: int) -> list[Bool[Tensor, " head"]]:
-    """As many of ``n`` heads, drawn at random; none where that leaves no choice."""
-    found = []
-    for i in range(draws if 0 < size < n else 0):
-        some = torch.zeros(n, dtype=torch.bool)
-        some[random.Random(f"{seed} subset {i}").sample(range(n), size)] = True
-        found.append(some)
-    return found
+def random_subsets(selected: Bool[Tensor, " head"], draws: int, seed: int) -> tuple[list[Bool[Tensor, " head"]], int]:
+    """As many heads as are selected, at random, no two draws alike and none the selection; and how many such sets there are."""
+    n, chosen = len(selected), selected.nonzero().flatten().tolist()
+    if not chosen:
+        return [], 0
+    found = distinct([(range(n), len(chosen))], draws, f"{seed} subset", but=chosen)
+    masks = []
+    for some in found.sets:
+        masks.append(torch.zeros(n, dtype=torch.bool))
+        masks[-1][list(some)] = True
+    return masks, found.there

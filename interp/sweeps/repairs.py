@@ -149,6 +149,27 @@ def options_of(prompts: Prompts, text: str) -> list[list[int]]:
     return places
 
 
+def strangers(model: HookedModel, prompts: Prompts, places: list[list[int]], text: str) -> list[str]:
+    """A note where the tokens that a position names are not the options themselves, as far as letters go; none where they are."""
+
+    def word(token: int) -> str:
+        try:
+            return model.token_text(token).strip().casefold()
+        except InputError:  # given as an object without a tokenizer
+            return f"token {token}"
+
+    def strange(row: int) -> tuple[int, int] | None:
+        pairs = zip((prompts.ids[row][i] for i in places[row]), (prompts.options or ())[row], strict=True)
+        return next(((came, option) for came, option in pairs if came != option and word(came) != word(option)), None)
+
+    found = [(row, pair) for row in range(len(prompts)) if (pair := strange(row)) is not None]
+    if not found:
+        return []
+    row, (came, option) = found[0]
+    such = f"{word(came)!r} in place of {word(option)!r} in prompt {row}"
+    return [f"the tokens that {text} names are not the options themselves in {len(found)} of {len(prompts)} prompts ({such})"]
+
+
 def with_rows(prompts: Prompts, places: list[list[int]], scores: Float[Tensor, "prompt option"], query: str | int) -> Prompts:
     """The prompts with names for the tokens that rows are set to.
 

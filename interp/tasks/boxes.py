@@ -51,6 +51,8 @@ class Boxes(Task):
     summary: ClassVar[str] = "Which object is in the box asked for, among several boxes (entity tracking)."
     paper: ClassVar[str] = "Prakash et al. 2024, arXiv 2402.14811"
     ranges: ClassVar[dict[str, tuple[int, int]]] = {"n_boxes": (2, 11)}
+    variables: ClassVar[tuple[str, ...]] = ("object", "label", "position")
+    """Values of ``corrupt`` that are desiderata."""
 
     def __post_init__(self) -> None:
         """Refuse too few boxes for three different segments."""
