@@ -59,3 +59,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/tuco.py
 	$(BIN)/python benchmarks/patching.py
 	$(BIN)/python benchmarks/dcm.py
+	$(BIN)/python benchmarks/head_svd.py
+	$(BIN)/python benchmarks/composition.py
+	$(BIN)/python benchmarks/staircase.py

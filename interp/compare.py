@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from interp.results import Result
 
 
+def _reading(_: Any) -> dict[str, Any]:
+    """What heads read into what they look for; ``k`` and ``v`` are one command away."""
+    return {"kind": "q"}
+
+
 def _patching(pairs: Any) -> dict[str, Any]:
     """Without a distractor there is no difference of logits to restore."""
     return {} if pairs.distractors is not None else {"metric": "answer_logprob"}
@@ -67,6 +72,9 @@ SEARCHED = {"quick": 24, "normal": 64, "full": 200}
 PLAN = (
     Row("pair_check", None, {}, lambda s: Work(passes=1, saved=2**16)),
     Row("weight_delta", None, {}, lambda s: Work(passes=3, saved=2**18)),
+    Row("head_svd", None, {}, lambda s: Work(passes=10, saved=300 * s.layers * s.heads)),
+    Row("composition", None, {}, lambda s: Work(passes=15 + s.layers * s.heads / 10, saved=2000 * s.layers * s.heads), settings=_reading),
+    Row("intruder_dimensions", None, {}, lambda s: Work(passes=60, saved=2**18)),
     Row(
         "token_divergence",
         "text",
