@@ -412,15 +412,21 @@ def _short(text: str) -> str:
 
 def measure(task: Task, kind: str, vocabulary: int, rounds: int, top: float) -> Iterator[tuple[str, float, tuple[int, int]]]:
     """Print one line per peer; give the name, the ratio and the aim and the least of each."""
-    found = task.ours()
-    for name, run in task.peers.items():
+    gave: dict[str, Tensor] = {}
+
+    def kept(name: str, run: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: gave.update({name: run()})
+
+    runs = {name: kept(name, run) for name, run in {"ours": task.ours, **task.peers}.items()}
+    # Only what takes a fraction of a second needs a warm-up; what is compared comes from the timed runs.
+    times = interleaved(runs, rounds, warmups=int("heads x positions" not in task.name))
+    for name in task.peers:
         if task.name == "all edges, EAP":
             continue  # compared when it was built: theirs runs on fewer prompts
-        values, want = found[task.cells], run()
+        values, want = gave["ours"][task.cells], gave[name]
         off = float(((values if want.ndim == values.ndim else values.mean(-1)) - want).abs().max())
         assert off <= 5e-6, f"{task.name}: ours and {name} differ by {off}"
         print(f"  {task.name}: ours and {name} agree to {off:.1g} on {len(task.cells)} runs")
-    times = interleaved({"ours": task.ours, **task.peers}, rounds, warmups=0)  # comparing them was a warm-up
     limit = task.flops * PROMPTS / top
     for name in task.peers:
         faster = task.scale[name] * ratio(times[name], times["ours"])

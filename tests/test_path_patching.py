@@ -502,7 +502,9 @@ def test_many_random_paths(kind: str, receiver: str) -> None:
     logits = path_patched(hf, WORLD["clean"], WORLD["other"], senders, receivers)
     torch.testing.assert_close(got.values, difference(logits, WORLD["clean"]), atol=8 * EPS * float(logits.abs().max()), rtol=0)
     assert torch.equal(got.values[got.blocked != 0], got.start.expand_as(got.values)[got.blocked != 0])
-    assert ((got.values - got.start).abs().amax(-1)[got.blocked == 0] > 0).float().mean() > 0.8
+    # Most paths do something, far above rounding. Some cannot: in the last layer nobody reads what queries and MLPs elsewhere make, and
+    # the tokens of `two` are those of END in one prompt only, where they are alike.
+    assert ((got.values - got.start).abs().amax(-1)[got.blocked == 0] > 1e-6).float().mean() > 0.5
 
 
 def test_a_longer_partner_leaves_receivers_without_a_position_alone(hf: Any, model: HookedModel) -> None:

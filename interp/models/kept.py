@@ -40,6 +40,23 @@ class Kept:
     seen: dict[Site, Tensor]
     logits: Tensor | None
 
+    def of(self, rows: slice, width: int) -> Kept:
+        """That of neighbouring prompts of at most some width; it shares what is kept."""
+
+        def cut(x: Tensor, axes: Sequence[int]) -> Tensor:
+            for axis in axes:
+                x = x.narrow(axis, 0, min(width, x.shape[axis]))
+            return x[rows]
+
+        return Kept(
+            [cut(x, [1]) for x in self.stream],
+            [cut(x, [2]) for x in self.keys],
+            [cut(x, [2]) for x in self.values],
+            [{name: cut(x, [1]) for name, x in made.items()} for made in self.projected],
+            {site: cut(x, position_axes(site, x.ndim)) for site, x in self.seen.items()},
+            None if self.logits is None else self.logits[rows],
+        )
+
 
 class Recorded(DynamicCache):
     """Keeps keys and values and hands them back as they came, so that the run is the one without a cache."""
@@ -96,6 +113,9 @@ def keep(model: Running, batch: Batch, also: Sequence[Site] = (), at: str | int 
         }
 
     for part, got in model.each(batch, model._bytes_per_token(), run):
+        if part.rows.tolist() == list(range(len(batch))):
+            full = dict(got)  # all prompts in their order: nothing to put together
+            break
         for name, x in got.items():
             axes = position_axes(name, x.ndim) if isinstance(name, Site) else () if x.ndim == 2 else (1 if x.ndim == 3 else 2,)
             if name not in full:

@@ -152,7 +152,7 @@ class Frozen:
             freeze_mlps: hold MLPs too.
         """
         self.model, self.shape, self.freeze_mlps = model, model.shape, freeze_mlps
-        self.edges = Edges(model)
+        self.edges, self.wrapped, self.device = Edges(model), model.wrapped, model.device  # looking them up takes a while
 
     def needs(self, receivers: Iterable[Site]) -> set[Site]:
         """What ``streams`` and ``received`` take from the run of the prompts."""
@@ -213,7 +213,7 @@ class Frozen:
         some, index = which.unique(return_inverse=True)
         z = change.new_zeros(len(some), self.shape.n_heads, self.shape.d_head)
         z[index, head] = change
-        added = z.flatten(1) @ _wide(self.edges._weight("W_O", layer)).flatten(0, 1)
+        added = z.flatten(1) @ _wide(self.wrapped.output_weights(layer)).flatten(0, 1)
         return _put(attention, some, (_wide(attention[some]) + added).to(attention))
 
     def ends(self, position: str | int) -> tuple[Site, Site]:
@@ -229,7 +229,7 @@ class Frozen:
 
     def mlp(self, layer: int, stream: Tensor) -> Tensor:
         """What an MLP adds when it reads a stream, [row d_model]."""
-        block = self.model.wrapped.bridge.blocks[layer]
+        block = self.wrapped.bridge.blocks[layer]
         out = block.mlp(self.edges._norm(Site("resid_mid", layer))(stream[None]))
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -293,7 +293,7 @@ class Frozen:
                 return f"the blocks of {s.architecture} are not a sum of attention and MLP"
             if not alike(self.mlp(i, own), mlp, mlp):
                 return f"the MLPs of {s.architecture} give something else when they are called alone"
-            if not alike(moves(z).flatten(1) @ _wide(self.edges._weight("W_O", i)).flatten(0, 1), moves(attention), attention):
+            if not alike(moves(z).flatten(1) @ _wide(self.wrapped.output_weights(i)).flatten(0, 1), moves(attention), attention):
                 return f"what heads of {s.architecture} write is scaled or normed before it is added"
             read = moves(self.edges._norm(Site("q", i))(pre))
             for c, name in QKV.items():

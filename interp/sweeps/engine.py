@@ -18,7 +18,7 @@ from interp.models.restart import Restart, logits_of, means, prompts_at_once, wa
 from interp.progress import progress, unfinished
 from interp.sites import Site
 from interp.sweeps.patches import Patch, Setting, Source, check, settings, sites_of, wholes
-from interp.sweeps.plain import cell, cells, patched, rounding
+from interp.sweeps.plain import cell, cells, patched, rounding, shaken
 from interp.sweeps.saved import Progress, identity_of, progress_of
 from interp.sweeps.waves import Cells, tables, wave
 
@@ -75,6 +75,7 @@ def sweep(
     *,
     seed: int = 0,
     folder: str | Path | None = None,
+    observed: Kept | None = None,
     desc: str = "patches",
 ) -> Swept:
     """The metric of one run per patch, with the sites of the patch set to their values in a source run.
@@ -93,6 +94,8 @@ def sweep(
         seed: of the cells that are checked.
         folder: where finished cells are kept while a long sweep runs; given again, an interrupted one goes on. By default
             the folder of unfinished work, where there is one (``interp.progress.keeping``).
+        observed: a run of these prompts that is there already, with what ``wholes`` names and the logits that are read. Whoever gives it
+            sees to it that the floor knows of batches of another size too.
         desc: of the progress bar.
 
     Raises:
@@ -113,15 +116,15 @@ def sweep(
 
     def computed() -> Iterator[None]:
         nonlocal noise, checked
-        for rows in _portions(model, batch, todo):
+        for rows in _portions(model, batch, todo) if observed is None else [list(range(len(batch)))]:
             part = Part.of(batch, rows)
             partners = (source[0], source[1].select(rows)) if isinstance(source, tuple) else source
             some, wanted = reader[rows], wholes(model, todo)
-            kept = None if state.why else keep(model, part.batch, wanted, reader.position)
+            kept = observed or (None if state.why else keep(model, part.batch, wanted, reader.position))
             logits = model.logits(part.batch, at=reader.position) if kept is None or kept.logits is None else kept.logits
             base[rows] = some(logits).cpu()
             state.begin(rows, base[rows])
-            noise = max(noise, rounding(model, part.batch, some, logits))
+            noise = max(noise, rounding(model, part.batch, some, logits) if observed is None else shaken(some, logits))
             job = Job(model, part, some, settings(model, part, todo, partners, kept and kept.seen), kept)
             read = part.batch.index(reader.position).to(model.device)[:, None]
             for i, patch in enumerate(job.patches):

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from interp.metrics import Reader
 from interp.models.edges import Judge
+from interp.models.kept import Kept, keep
 from interp.models.paths import ENTRY, Frozen, Rows, Sent, beside, reads_at, sends_at
 from interp.models.restart import logits_of, means, prompts_at_once
 from interp.progress import progress
 from interp.sites import Site
 from interp.sweeps.engine import TOLERANCE, sweep
-from interp.sweeps.patches import check, columns
+from interp.sweeps.patches import check, columns, whole
 from interp.sweeps.plain import floor, last_place, run
 
 if TYPE_CHECKING:
@@ -60,7 +61,16 @@ class Paths:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Some of the prompts, with what senders send and what receivers would read."""
+    """Some of the prompts, with what senders send and what receivers would read.
+
+    Attributes:
+        sent: what senders send.
+        kept: what receivers would read.
+        by_column: single logits can be computed alone.
+        start: the metric of these prompts.
+        goal: that of their partners.
+        whole: their run from which a sweep goes on, if one is needed.
+    """
 
     model: HookedModel
     batch: Batch
@@ -71,6 +81,7 @@ class _Run:
     by_column: bool = True
     start: Tensor = torch.empty(0)
     goal: Tensor = torch.empty(0)
+    whole: Kept | None = None
 
     @property
     def judge(self) -> Judge:
@@ -126,10 +137,11 @@ def path_sweep(
             found[:] = part.start
             rounding, deviation, said = _ride(frozen, part, live, found, seed, desc)
             cells = _draws(live, seed)
-            off, own = _checked(frozen, part, found, cells)
+            off, own, apart = _checked(frozen, part, found, cells)
             noise, checked = max(noise, rounding, own), checked + len(cells)
             if max(off, default=0.0) > TOLERANCE * noise:
                 why = f"the chain of MLPs was off by {max(off):.3g} where rounding is {noise:.3g}"
+            noise = max(noise, apart)
             deviations += [deviation, *off]
             notes += [n for n in said if n not in notes]
         if why:
@@ -160,9 +172,17 @@ def _judge(reader: Reader) -> Judge:
 
 def _portions(model: HookedModel, batch: Batch, frozen: Frozen, senders: Sequence[Group], receivers: Sequence[Group]) -> list[list[int]]:
     """As many prompts at once as there is memory to keep what is sent and read in them."""
-    sites = {*frozen.needs(r for group in receivers for r in group), *(_held_in(s) for group in senders for s in group)}
+    behind = _behind(receivers)
+    sites = {*frozen.needs(r for group in receivers for r in group), *(_held_in(s) for group in senders for s in group), *behind}
+    if behind:  # the run of their partners is kept beside theirs
+        sites |= {Site(c, layer) for c in ("resid_pre", "q", "k", "v") for layer in range(model.shape.n_layers)}
     n = prompts_at_once(model, batch, list(sites))
     return [list(range(i, min(i + n, len(batch)))) for i in range(0, len(batch), n)]
+
+
+def _behind(receivers: Sequence[Group]) -> set[Site]:
+    """The activations that the sweep behind receivers sets; none where all of them are the logits."""
+    return {whole(_patched(r)) for group in receivers for r in group if r.component != "resid_post"}
 
 
 def _held_in(sender: Site) -> Site:
@@ -173,13 +193,17 @@ def _held_in(sender: Site) -> Site:
 def _observe(
     frozen: Frozen, into: Batch, source: Batch, senders: Sequence[Group], receivers: Sequence[Group], reader: Reader, why: str
 ) -> _Run:
-    """Run the prompts and their partners up to the last attention, in one pass; each to its end where the chain cannot be used."""
-    model, n, ends = frozen.model, len(into), frozen.ends(reader.position)
+    """Run the prompts and their partners in one pass, to the last attention if that will do; each alone where the chain cannot be used."""
+    model, n, ends, behind, kept = frozen.model, len(into), frozen.ends(reader.position), _behind(receivers), None
     wanted = {_held_in(s) for group in senders for s in group} | frozen.needs(r for group in receivers for r in group) | {*ends}
     if why:
         here, there = (model.capture(batch, list(wanted)) for batch in (into, source))
     else:
-        both = model.capture(beside(into, source), list(wanted))
+        if behind:
+            kept = keep(model, beside(into, source), [*(wanted | behind)], reader.position)
+            both = {site: kept.seen[site] for site in wanted}
+        else:
+            both = model.capture(beside(into, source), list(wanted))
         here, there = (
             {site: x[rows, : batch.ids.shape[1]] if site.position is None else x[rows] for site, x in both.items()}
             for rows, batch in ((slice(n), into), (slice(n, None), source))
@@ -187,18 +211,21 @@ def _observe(
     alone = {site for site in wanted if site.position is not None and columns(site.position, into).shape[1] == 1}
     here, there = ({site: x.unsqueeze(1) if site in alone else x for site, x in run.items()} for run in (here, there))
 
+    places = {p: columns(p, into).to(frozen.device) for p in {s.position for group in senders for s in group}}
+
     def sent(sender: Site) -> Sent:
-        was, value = here[_held_in(sender)], there[_held_in(sender)]
+        held = _held_in(sender)
+        was, value = here[held], there[held]
         if sender.head is not None:
             was, value = was[:, :, sender.head], value[:, :, sender.head]
-        return Sent(sender, columns(sender.position, into).to(model.device), was, value)
+        return Sent(sender, places[sender.position], was, value)
 
     found = _Run(model, into, reader, receivers, [[sent(s) for s in group] for group in senders], here, means(model).columns)
     if why:
         return found
     last = frozen.last(*(torch.cat([here[end][:, 0], there[end][:, 0]]) for end in ends))
-    values = _metric(found, last, torch.arange(n, device=model.device).repeat(2))
-    return replace(found, start=values[:n], goal=values[n:])
+    values = _metric(found, last, torch.arange(n, device=frozen.device).repeat(2))
+    return replace(found, start=values[:n], goal=values[n:], whole=kept and kept.of(slice(n), into.ids.shape[1]))
 
 
 def _live(run: _Run) -> Tensor:
@@ -233,7 +260,7 @@ def _ride(frozen: Frozen, run: _Run, live: Tensor, found: Tensor, seed: int, des
         if not cells:
             continue
         patches = [{_patched(r): taken[r][i - first] for r in run.receivers[j]} for i, j in cells]
-        swept = sweep(run.model, run.batch, patches, {}, run.reader, seed=seed, desc=desc)
+        swept = sweep(run.model, run.batch, patches, {}, run.reader, seed=seed, observed=run.whole, desc=desc)
         for (i, j), values in zip(cells, swept.values, strict=True):
             found[i, j] = torch.where(live[i, j], values, run.start)  # where nothing arrives it is exactly the run itself
         noise, deviation, notes = max(noise, swept.floor), max(deviation, swept.deviation), tuple(dict.fromkeys((*notes, *swept.notes)))
@@ -262,7 +289,7 @@ def _taken(frozen: Frozen, run: _Run, some: slice, found: Tensor) -> dict[Site, 
             whole = run.kept[replace(_patched(r), head=None)]
             own = whole if r.head is None else whole[:, :, r.head]
             out[r] = own.expand(len(sent), *own.shape).clone()
-        where = columns(position, run.batch).to(run.model.device)
+        where = columns(position, run.batch).to(frozen.device)
         rows = Rows.of(sent, where, max(reads_at(r, shape) for r in here))
         streams = {r: replace(r, component="resid_pre" if r.head is not None else r.component, head=None) for r in here}
         at, budget = 0, run.model._budget
@@ -335,10 +362,10 @@ def _cells(frozen: Frozen, run: _Run, cells: Sequence[tuple[int, int, int]]) -> 
     return values, before, max(moved)
 
 
-def _checked(frozen: Frozen, run: _Run, found: Tensor, cells: Sequence[tuple[int, int, int]]) -> tuple[list[float], float]:
-    """How far cells, and the prompts without a patch, are from whole runs, and what rounding alone does."""
+def _checked(frozen: Frozen, run: _Run, found: Tensor, cells: Sequence[tuple[int, int, int]]) -> tuple[list[float], float, float]:
+    """How far cells, and prompts without a patch, are from whole runs; what rounding does there, and a batch of another size."""
     if not cells:
-        return [], _rounding(run)
+        return [], _rounding(run), 0.0
     want, before, noise = _cells(frozen, run, cells)
     off = [_apart(float(found[c]), w) for c, w in zip(cells, want.tolist(), strict=True)]
     off += [_apart(float(run.start[c[2]]), w) for c, w in zip(cells, before.tolist(), strict=True)]
@@ -346,7 +373,10 @@ def _checked(frozen: Frozen, run: _Run, found: Tensor, cells: Sequence[tuple[int
         noise = max(
             noise, _rounding(run), *(_apart(float(_cells(frozen, run, [c])[0]), float(w)) for c, w in zip(cells, want, strict=True))
         )
-    return off, noise
+    if run.whole is None or run.whole.logits is None:
+        return off, noise, 0.0
+    prompts = [p for *_, p in cells]
+    return off, noise, float((run.reader[prompts](run.whole.logits[prompts]).cpu() - before).abs().max())
 
 
 def _rounding(run: _Run) -> float:

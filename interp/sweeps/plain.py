@@ -51,6 +51,11 @@ def last_place(logits: Tensor) -> Tensor:
     return logits.float() + eps * float(logits.abs().max()) * draws
 
 
+def shaken(reader: Reader, logits: Float[Tensor, "prompt vocab"]) -> float:
+    """The largest change of the metric when every logit moves so."""
+    return float((reader(last_place(logits)) - reader(logits)).abs().max())
+
+
 def cells(model: HookedModel, batch: Batch, chosen: Sequence[tuple[Sequence[Setting], int]], reader: Reader) -> list[tuple[float, float]]:
     """What ``cell`` gives for some patches of single prompts, as rows of one run: every row has a patch of its own.
 
@@ -139,8 +144,7 @@ def rounding(model: HookedModel, batch: Batch, reader: Reader, logits: Float[Ten
         reader: the metric.
         logits: of a run of all prompts.
     """
-    whole, rows = reader(logits).cpu(), list(range(len(batch)))
-    worst = float((reader(last_place(logits)).cpu() - whole).abs().max())
+    whole, rows, worst = reader(logits).cpu(), list(range(len(batch))), shaken(reader, logits)
     for part in [rows[:_APART]] if len(rows) > _APART else [rows[::2], rows[1::2]] if len(rows) > 1 else [[0, 0]]:
         worst = max(worst, float((run(model, batch.select(part), reader[part]) - whole[part]).abs().max()))
     return worst
