@@ -22,8 +22,8 @@ ARTEFACTS = ("Circuit", "Factors", "Capture", "Result")
 HEAVY = {"n": 6, "resamples": 20, "draws": 2, "sites": ("resid_pre", "z")}
 """Settings that are turned down where an analysis has them."""
 
-ASKED = {"circuit_repair": "ioi", "channel_effects": "ioi", "channel_steering": "laundry_list"}
-"""Analyses whose prompts must be of a task: they need options, and where these stand."""
+ASKED = {"circuit_repair": "ioi", "channel_effects": "ioi", "channel_steering": "laundry_list", "recitation": "recitation"}
+"""Analyses whose prompts must be of a task: they need options, and where these stand, or texts that should follow."""
 
 REQUIRED = {
     "channel_effects": {"senders": "L0H0", "movers": "L1H0", "rank": 2},
@@ -36,12 +36,19 @@ CIRCUITS = {"circuit.json": {"inhibition": "L1H0.z@END", "mover": "L2H3.z@END"},
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
+    import torch
+
+    from interp.models import HookedModel
+    from interp.models.kfac import kfac_factors
+
     place = tmp_path_factory.mktemp("contract")
     save_pair(place)
     things = ("ring", "cup", "ball", "book", "hat", "box")  # as many contexts as a search for a circuit asks for
     written(place / "pairs.jsonl", *[pair_of_prompts(f"The {thing} is red", f"The {thing} is blue") for thing in things])
     for name, roles in CIRCUITS.items():
         Circuit.of((3, 4, 2), roles).save(place / name)
+    model, draws = HookedModel.load(place / "base"), torch.Generator().manual_seed(0)
+    kfac_factors(model, torch.randint(9, 31, (12, 9), generator=draws).tolist(), place / "factors")
     return place
 
 
@@ -49,6 +56,7 @@ def folder(tmp_path_factory):
 def inputs(folder):
     """What is handed over for a parameter, by the class names in its annotation."""
     from interp.models import ModelPair
+    from interp.models.factors import Factors
     from interp.prompts import read_prompts
     from interp.tasks import task
 
@@ -61,6 +69,7 @@ def inputs(folder):
         "PromptPairs": pairs,
         "Task": task("ioi"),
         "Circuit": Circuit.load(folder / "circuit.json"),
+        "Factors": Factors.open(folder / "factors"),
     }
 
     def given(name: str) -> list[object]:
@@ -108,6 +117,8 @@ def test_inputs_are_positional_and_settings_are_keywords(name: str) -> None:
     for argument in (*function.args.args, *function.args.kwonlyargs):
         assert argument.annotation is not None, f"{argument.arg} has no annotation"
     ranks = []
+    needed = [p.default is None for p in of.inputs]
+    assert needed == sorted(needed, reverse=True), "inputs that may be left out come last"
     for p in of.inputs:
         kinds = [
             i
@@ -115,8 +126,9 @@ def test_inputs_are_positional_and_settings_are_keywords(name: str) -> None:
             if any(c in group or c.endswith("Result") and i == 2 for c in p.names)
         ]
         assert len(kinds) == 1, f"{p.name} is neither a model, nor prompts or a task, nor an artefact"
-        ranks.append(kinds[0])
-    assert ranks == sorted(ranks) and ranks.count(0) <= 1, "inputs come in the order model, prompts and tasks, artefacts"
+        ranks.append((p.default is not None, kinds[0]))
+    in_order = ranks == sorted(ranks) and [kind for _, kind in ranks].count(0) <= 1
+    assert in_order, "inputs come in the order model, prompts and tasks, artefacts; then those that may be left out"
     for p in of.inputs:
         if p.names & set(PROMPTS) and len(of.of_kind(*PROMPTS)) == 1:
             assert p.name == "prompts"
@@ -209,6 +221,7 @@ def test_the_command_of_a_result_runs_and_repeats_it(name: str, folder, monkeypa
     words = ["run", name, "--out", str(tmp_path)]
     words += ["--base=base", "--tuned=tuned"] if of.of_kind("ModelPair") else ["--model=base"] if of.of_kind("HookedModel") else []
     words += [f"--{p.name.replace('_', '-')}={file}" for p, file in zip(of.of_kind("Circuit"), CIRCUITS, strict=False)]
+    words += [f"--{p.name}=factors" for p in of.of_kind("Factors")]
     if name in ASKED:
         words += [f"--task={ASKED[name]}", "--prompts-n=6"]
     elif of.of_kind(*PROMPTS):

@@ -41,6 +41,9 @@ ANALYSES = (
     "tuco_components",
     "tuco_detection",
     "tuco_scaling",
+    "curvature",
+    "curvature_bands",
+    "delta_curvature",
 )
 
 

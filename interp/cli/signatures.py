@@ -16,7 +16,7 @@ from interp.names import unknown
 MODELS = ("HookedModel", "ModelPair")
 PROMPTS = ("Prompts", "PromptPairs")
 _ROOT = Path(__file__).parents[1]
-_CLASSES = (*MODELS, *PROMPTS, "Task", "Site", "Heads")  # never aliases: their large files need no look
+_CLASSES = (*MODELS, *PROMPTS, "Task", "Factors", "Site", "Heads")  # never aliases: their large files need no look
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from interp.models.batch import Batch
     from interp.models.capture import Capture
     from interp.models.checkpoint import Shape
+    from interp.models.factors import Factors
     from interp.models.hooked import HookedModel
     from interp.models.interventions import Ledger
+    from interp.models.kfac import kfac_factors
     from interp.models.pair import ModelPair
 
-__all__ = ["Batch", "Capture", "HookedModel", "Ledger", "ModelPair", "Shape"]
+__all__ = ["Batch", "Capture", "Factors", "HookedModel", "Ledger", "ModelPair", "Shape", "kfac_factors"]
 
 _HOME = {
     "Batch": "batch",
     "Capture": "capture",
+    "Factors": "factors",
     "HookedModel": "hooked",
     "Ledger": "interventions",
     "ModelPair": "pair",
     "Shape": "checkpoint",
+    "kfac_factors": "kfac",
 }
 
 

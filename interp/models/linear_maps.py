@@ -1,0 +1,127 @@
+"""The linear maps of a plain Hugging Face model by site: which module is which, and which of them read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import InputError
+from interp.models import weights
+from interp.models.checkpoint import Shape
+from interp.models.hooked import HookedModel
+from interp.models.wrap import structure_copy
+from interp.sites import Site
+
+
+def plain_copy(model: HookedModel) -> Any:
+    """The plain model with the tensors in force, in evaluation mode, with parameters that no gradient goes to.
+
+    Modules are copies, tensors are shared: whatever is done to flags or hooks of the copy leaves the model alone.
+
+    Raises:
+        InputError: something beside weights is changed now, which the plain model does not know.
+    """
+    if any(actions for _, actions in model._active):
+        raise InputError(f"{model.name} has patches or activation edits in force; factors take edits of weights only")
+    wrapped = model.wrapped
+    wrapped.refresh()
+    plain: Any = structure_copy(wrapped.source).eval()
+    for name, _ in list(plain.named_parameters(remove_duplicate=False)):
+        path, _, last = name.rpartition(".")
+        plain.get_submodule(path)._parameters[last] = nn.Parameter(wrapped.parameter(name).detach(), requires_grad=False)
+    bias = wrapped.unembedding._parameters.get("bias")  # an edit may have brought one
+    if bias is not None:
+        plain.get_output_embeddings()._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def matrix_sites(model: HookedModel, modules: Sequence[str] | None, layers: Sequence[int] | None) -> list[Site]:
+    """The matrices of blocks that are asked for, in the order of the model; None is all.
+
+    Raises:
+        InputError: no such matrix or layer; the message lists those that exist.
+    """
+    shape = model.shape
+    if not weights.known(shape):
+        raise InputError(f"the matrices of {shape.architecture} are not known; known: {', '.join(sorted(weights.FAMILIES))}")
+    known = weights.modules(shape)
+    asked = known if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
+    for name in asked:
+        if name in ("W_U", "W_E"):
+            tied = "they are one tensor here (tied), read at both ends; " if shape.tied else ""
+            raise InputError(f"{name} has no factors: {tied}the matrices within blocks have some: {', '.join(known)}")
+        if name not in known:
+            raise InputError(f"{model.name} has no {name}; its matrices are {', '.join(known)}")
+    numbers = range(shape.n_layers) if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    for layer in numbers:
+        if not 0 <= layer < shape.n_layers:
+            raise InputError(f"{model.name} has no layer {layer}; it has 0 to {shape.n_layers - 1}")
+    if not asked or not numbers:
+        raise InputError("no matrices were asked for: modules or layers are empty")
+    return [Site(m, layer) for layer in sorted(set(numbers)) for m in known if m in asked]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A module that is one linear map, or several side by side.
+
+    Attributes:
+        name: of the module.
+        module: itself.
+        outputs: the sites wanted of it, with the number of their columns.
+        d_in: dimensions of its input.
+        share: name of the input: the first wanted site of all modules that read the same tensor.
+        records: whether it is the first of these.
+    """
+
+    name: str
+    module: nn.Module
+    outputs: Mapping[Site, int]
+    d_in: int
+    share: str
+    records: bool
+    shape: Shape
+
+    def split(self, out: Tensor) -> dict[Site, Tensor]:
+        """The output (or its gradient) [row, columns] by site, those that are wanted."""
+        return {site: x for site, x in weights.split_columns(self.name, out, self.shape).items() if site in self.outputs}
+
+
+def linear_maps(plain: Any, wanted: Sequence[Site], shape: Shape) -> list[Linear]:
+    """The modules that hold the wanted matrices, in the order in which the model runs them.
+
+    Which of them read one tensor is found by running a short prompt.
+
+    Raises:
+        InputError: a matrix is in no module, or in one that runs several times in a pass.
+    """
+    left = set(wanted)
+    found = {name: module for name, module in plain.named_modules() if left & set(weights.module_sites(name, shape))}
+    ran: list[tuple[str, Tensor]] = []  # with the tensors themselves, or an id could be used again
+    handles = [m.register_forward_pre_hook(lambda _, args, name=name: ran.append((name, args[0]))) for name, m in found.items()]
+    try:
+        with torch.no_grad():
+            device = plain.get_input_embeddings().weight.device
+            plain(input_ids=torch.zeros(1, min(2, shape.n_ctx), dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    maps: list[Linear] = []
+    shares: dict[int, str] = {}
+    for name, x in ran:
+        sites = [site for site in weights.module_sites(name, shape) if site in left]
+        if not sites:
+            raise InputError(f"the module {name} runs more than once in a pass; its factors would mix several places")
+        left -= set(sites)
+        first = id(x) not in shares
+        share = shares.setdefault(id(x), str(sites[0]))
+        outputs = {site: weights.weight_shape(site.component, shape)[-1] for site in sites}
+        maps.append(Linear(name, found[name], outputs, x.shape[-1], share, first, shape))
+    if left:
+        missing = ", ".join(sorted(map(str, left)))
+        raise InputError(f"no module of the model computes {missing}, or it did not run")
+    return maps
