@@ -212,6 +212,9 @@ def test_random_circuits_have_as_many_heads_at_each_position() -> None:
         assert chain[4].at(None) not in chain[:2] and not set(chain) & set(mixed)
         seen |= set(chain)
     assert Site("z", 1, 0, "END") in seen and Site("z", 0, 2, "S2") in seen and Site("z", 0, 2) not in seen
+    both = (Site("z", 0, 0, "END"), Site("z", 0, 0, "S2"))
+    there = search.other_circuits(both, both, shape, 99, seed=1, unread={"S2"})
+    assert {n.layer for c in there for n in c[:1]} == {0, 1, 2, 3} and {n.layer for c in there for n in c[1:]} == {0, 1, 2}
     full = (*(Site("z", layer, head) for layer in range(2) for head in range(6)), *crowded[12:13])
     assert search.other_circuits(full, full, shape, 1, seed=1) == []  # 11 heads are left for 12
     assert search.sizes_of(3) == (0, 1, 2, 3) and search.sizes_of(100, 4) == (0, 25, 50, 75, 100) and len(search.sizes_of(77)) == 21

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from interp.analyses.circuit_transfer import CircuitTransferResult, circuit_transfer
 from interp.circuit import Circuit, Ranking
 from interp.errors import InputError
+from interp.metrics import Metric
 from interp.models import HookedModel, ModelPair
 from interp.organisms import hand_built
 from interp.prompts import Prompts
 from interp.sites import Site
 from interp.stats import mcnemar, wilson
+from interp.sweeps.draws import unread
 from interp.sweeps.knockouts import other_circuits
 
 world = test_cross_patching.world
@@ -61,6 +63,7 @@ def test_every_circuit_in_every_model_against_plain_hooks(world: Any) -> None:
         found = circuit_transfer(pair, asked, first, second, ablation=ablation, random_circuits=2, seed=1)  # type: ignore[arg-type]
         assert found.labels["circuit"] == ("base", "tuned", "shared") and found.labels["side"] == ("base", "tuned")
         kept = [first.nodes, second.nodes, tuple(n for n in first.nodes if n in second.nodes)]
+        nobody = unread(pair.batch(asked), [*kept[0], *kept[1]], [Metric.parse("logit_diff")])
         for s, hf in enumerate((base, tuned)):
             seen = [plain_hooks.seen(hf, ids, [("z", i) for i in range(3)]) for ids in asked.ids]
             for row in range(5):
@@ -69,7 +72,7 @@ def test_every_circuit_in_every_model_against_plain_hooks(world: Any) -> None:
                     stand_in = [torch.stack([own["z", i] for j, own in enumerate(seen) if j != row]).mean(0) for i in range(3)]
                 runs = [(kept[c], found.circuit[:, c, s, row]) for c in range(3)]
                 runs += [((), found.empty[:, s, row])]
-                runs += [(other_circuits(kept[1], kept[1], pair.shape, 2, 1)[1], found.random[:, 1, s, 1, row])]
+                runs += [(other_circuits(kept[1], kept[1], pair.shape, 2, 1, nobody)[1], found.random[:, 1, s, 1, row])]
                 for nodes, values in runs:
                     logits = by_hand(hf, asked, row, nodes, stand_in)
                     want = torch.tensor(measured(logits, asked.answers[row], asked.distractors[row]))  # type: ignore[index]

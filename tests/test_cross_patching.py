@@ -27,6 +27,7 @@ from interp.prompts import PromptPairs, Prompts
 from interp.sites import Heads, Site
 from interp.stats import permutation, recovered
 from interp.sweeps import engine
+from interp.sweeps.draws import present
 from interp.sweeps.groups import HEADS, STREAM, groups_of, random_heads, written
 from interp.sweeps.patches import as_captured, settings
 
@@ -274,10 +275,11 @@ def test_a_changed_w_o_is_carried_by_the_senders_output_only(kind: str) -> None:
     torch.testing.assert_close(back.patched[index], back.goal, atol=8 * EPS * 4, rtol=0)
     assert torch.equal(back.goal, added.start) and torch.equal(back.start, added.goal) and (back.sender, back.receiver) == ("base", "tuned")
     grouped = cross_patching(pair, prompts, output="sender", sites="planted=L1H2; end=L1H2@END; other=L1H3", control=5)
-    assert torch.equal(grouped.control[0], grouped.start.expand(5, -1)) and torch.equal(grouped.random_heads[0], torch.zeros(5).double())
+    # a layer of four heads has three others
+    assert torch.equal(grouped.control[0], grouped.start.expand(3, -1)) and torch.equal(grouped.random_heads[0], torch.zeros(3).double())
     torch.testing.assert_close(grouped.patched[0], added.patched[index], atol=8 * EPS * 4, rtol=0)
     assert (grouped.patched[1] - grouped.patched[0]).abs().max() > 1e-3
-    assert ", random heads 0 +- 0 (5 draws), the most of 3 groups (what heads add in tuned" in grouped.summary()
+    assert ", random heads 0 +- 0 (3 draws), the most of 3 groups (what heads add in tuned" in grouped.summary()
 
 
 def test_a_changed_w_v_is_carried_either_way() -> None:
@@ -328,17 +330,17 @@ def test_a_hand_built_circuit() -> None:
 
     text = "mover=L3H2@END; inhibition=L2H0,L2H1@END; decoys=L0H0,L1H5,L2H3,L3H3; bystanders=L0H2,L0H4"
     mover = cross_patching(without("mover"), prompts, output="sender", sites=text)
-    assert isinstance(prompts, PromptPairs) and len(mover.start) == 12 and mover.control.shape == (4, 10, 12)
+    assert isinstance(prompts, PromptPairs) and len(mover.start) == 12 and mover.control.shape[::2] == (4, 12)
     share = dict(zip(mover.cells, mover.recovered.value.tolist(), strict=True))
     assert share["mover"] == pytest.approx(1, abs=1e-4) and max(abs(share[k]) for k in ("inhibition", "decoys", "bystanders")) < 1e-3
-    assert mover.random_heads[0].abs().max() < 1e-3
+    assert present(mover.random_heads[0]).abs().max() < 1e-3 and len(present(mover.random_heads[0])) == 5  # of six heads in its layer
     own = cross_patching(without("mover"), prompts, sites=text)  # its z is there, but base does not write it
     assert own.recovered.value.abs().max() < 1e-3
     inhibition = cross_patching(without("inhibition"), prompts, output="sender", sites=text)
     share = dict(zip(inhibition.cells, inhibition.recovered.value.tolist(), strict=True))
     assert share["inhibition"] == pytest.approx(1, abs=1e-3) and abs(share["decoys"]) < 1e-3
     assert share["mover"] == pytest.approx(1, abs=1e-3)  # its z in tuned holds what the inhibition did
-    assert inhibition.random_heads[1].mean().abs() < 0.1
+    assert present(inhibition.random_heads[1]).mean().abs() < 0.1
     table = inhibition.strongest(2)
     assert set(table.group) == {"inhibition", "mover"} and "random heads" in inhibition.summary()
 
@@ -369,8 +371,9 @@ def test_groups() -> None:
 def test_random_heads() -> None:
     shape = HookedModel.load(tiny("llama")).shape
     (group,) = groups_of("g=L0H1,L2H3@END,L1H0@S,L1.mlp_out", "z", shape).values()
-    draws = random_heads(group, shape, 200, 0, "g")
-    assert draws == random_heads(group, shape, 200, 0, "g") != random_heads(group, shape, 200, 1, "g") and len(set(draws)) > 100
+    draws = random_heads(group, shape, 80, 0, "g")
+    assert draws == random_heads(group, shape, 80, 0, "g") != random_heads(group, shape, 80, 1, "g") and len(set(draws)) == 80
+    assert len(random_heads(group, shape, 200, 0, "g")) == 36 * 3  # two of nine at END, one of three at S: all there are
     seen: set[tuple[int | None, int | None]] = set()
     for draw in draws:
         heads = [s for s in draw if s.component == "z"]
@@ -381,6 +384,12 @@ def test_random_heads() -> None:
     assert {s.layer for draw in random_heads(groups_of("L1H0", "z", shape)["L1H0"], shape, 50, 0, "") for s in draw} == {1}
     for text in ("mlps", "heads", "L1.z", "L0H1.q,L1H1.k", "L0H0,L0H1,L0H2"):
         assert random_heads(groups_of(text, "z", shape)[text], shape, 3, 0, text) == []
+    # END of the last layer is read, S there is not; keys and values there are
+    late = groups_of("L1H0,L2H0@S", "z", shape)["L1H0,L2H0@S"]
+    assert {s.layer for d in random_heads(late, shape, 99, 0, "") for s in d} == {1, 2}
+    assert {s.layer for d in random_heads(late, shape, 99, 0, "", {"S"}) for s in d} == {1}
+    keys = groups_of("L2H0@S", "k", shape)["L2H0@S"]
+    assert {s.layer for d in random_heads(keys, shape, 9, 0, "", {"S"}) for s in d} == {2}
     assert {s.head for draw in random_heads(groups_of("L0H1", "k", shape)["L0H1"], shape, 9, 0, "") for s in draw} == {0}
 
 

@@ -22,6 +22,7 @@ from interp.sites import Site
 from interp.stats import Estimate, mcnemar, paired_change, permutation, plus_minus, standard_error
 from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, Knockout, comparable
 from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, means, measures, names, readers, share, unseen
+from interp.sweeps.draws import unread
 from interp.sweeps.knockouts import other_circuits
 
 if TYPE_CHECKING:
@@ -310,7 +311,9 @@ def circuit_transfer(
     nodes = {name: heads_of(c, f"{name}'s circuit") for name, c in circuits.items()}
     both = tuple(node for node in nodes["base"] if node in nodes["tuned"])
     nodes |= {"shared": both} if both and set(both) not in map(set, nodes.values()) else {}
-    drawn = {name: _drawn(own, shape, 0 if name == "shared" else random_circuits, seed) for name, own in nodes.items()}
+    batch = pair.batch(prompts.clean if isinstance(prompts, PromptPairs) else prompts)
+    nobody = unread(batch, [node for own in nodes.values() for node in own], read.values())
+    drawn = {name: _drawn(own, shape, 0 if name == "shared" else random_circuits, seed, nobody) for name, own in nodes.items()}
     sides = {side: _side(model, prompts, read, nodes, drawn, ablation, by, seed) for side, model in pair.sides()}
     found = list(sides.values())
     few = {name: len(drawn[name]) for name in circuits if len(drawn[name]) < random_circuits}
@@ -427,10 +430,10 @@ def _as_many(a: set[Site], b: set[Site], shape: Shape) -> float:
     return min(1.0, sum(ways[len(a & b) :]))
 
 
-def _drawn(own: tuple[Site, ...], shape: Shape, many: int, seed: int) -> list[tuple[Site, ...]]:
+def _drawn(own: tuple[Site, ...], shape: Shape, many: int, seed: int, nobody: set[str | int | None]) -> list[tuple[Site, ...]]:
     """Random circuits of which no two are alike: fewer than asked for where there are no more of them."""
     found: dict[frozenset[Site], tuple[Site, ...]] = {}
-    for some in other_circuits(own, own, shape, many * _TRIES, seed):
+    for some in other_circuits(own, own, shape, many * _TRIES, seed, nobody):
         found.setdefault(frozenset(some), some)
         if len(found) == many:
             break

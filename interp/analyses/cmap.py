@@ -22,7 +22,7 @@ from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutatio
 from interp.sweeps import Swept, check, run, sweep
 from interp.sweeps.answers import Among, above_chance, head_groups, heads_of, means, measures, names, readers, unseen
 from interp.sweeps.answers import share as share_of
-from interp.sweeps.draws import checked_draws, how_many, other_heads
+from interp.sweeps.draws import checked_draws, how_many, moments, other_heads, present, unread
 from interp.sweeps.groups import head_sites, written
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class CmapResult(Result):
         share = self.recovered(direction=direction)
         if share.refused:
             return f"{here}, too close to say which share that is (difference {plus_minus(goal - start)})"
-        draws = _known(self.random_heads(direction=direction)[0])
+        draws = present(self.random_heads(direction=direction)[0])
         told = [f"{here}: recovered {_at(share, 0)}"]
         told += [f"random heads {_spread(draws, self.choices[0])}"] if len(draws) else []
         groups = [k for k, name in enumerate(self.cells) if name != _WHOLE and name not in self.rest]
@@ -241,9 +241,9 @@ class CmapResult(Result):
             row |= {**flips, "recovered": float(share.value[k]), "low": float(share.low[k]), "high": float(share.high[k])}
             row |= {"p": float(test.p[k]), "p_adjusted": float(test.adjusted[k])}
             row |= {"to_goal": float((value - goal).mean()), "to_goal_se": _error(value - goal)}
-            random = _known(self.control[i, j, k].double().mean(-1)) - float(self.start(measure, direction).double().mean())
-            row |= dict(zip(("control", "control_sd"), _moments(_known(draws[k])), strict=True))
-            row |= dict(zip(("control_effect", "control_effect_sd"), _moments(random), strict=True))
+            random = present(self.control[i, j, k].double().mean(-1)) - float(self.start(measure, direction).double().mean())
+            row |= dict(zip(("control", "control_sd"), moments(draws[k]), strict=True))
+            row |= dict(zip(("control_effect", "control_effect_sd"), moments(random), strict=True))
             yield row | {"draws": len(random), "sets": self.choices[k]}
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -355,9 +355,9 @@ def cmap(
     groups = _cells(circuit, shape, rest)
     batch = pair.batch(asked)
     check([s for g in groups.values() for s in g], batch, batch)
-    unread = _unread(batch, groups[_WHOLE], read)
+    nobody = unread(batch, groups[_WHOLE], read.values())
     own = {name: g for name, g in groups.items() if name not in _added_names(rest)}
-    drawn = {name: other_heads(g, groups[_WHOLE], shape, control, f"{seed} {name}", unread) for name, g in own.items()}
+    drawn = {name: other_heads(g, groups[_WHOLE], shape, control, f"{seed} {name}", nobody) for name, g in own.items()}
     cells = [*groups.values(), *(g for draws in drawn.values() for g in draws.sets)]
     todo = [written(g, shape, added=output == "sender") for g in cells]
     above_chance(asked, {side: model for side, model in pair.sides()})
@@ -424,14 +424,6 @@ def _cells(circuit: Circuit, shape: Shape, rest: bool) -> dict[str, Group]:
     return found
 
 
-def _unread(batch: Batch, heads: Group, read: Mapping[str, Reader]) -> set[str | int | None]:
-    """Positions at which what the last layer writes is read by nobody: they are no prompt's END, and END is all that is read."""
-    if any(reader.position != "END" for reader in read.values()):
-        return set()
-    places, ends = {site.position for site in heads if site.position is not None}, (batch.lengths.cpu() - 1).tolist()
-    return {p for p in places if not any(end in tokens for end, tokens in zip(ends, batch.at(p), strict=True))}
-
-
 def _swept(pair: ModelPair, batch: Batch, way: str, todo: Sequence[Group], read: Mapping[str, Reader], seed: int) -> list[Swept]:
     """One sweep per reader."""
     sender, receiver = (getattr(pair, side) for side in _SIDES[way])
@@ -481,16 +473,6 @@ def _error(values: Tensor) -> float:
     return float(standard_error(values))
 
 
-def _known(draws: Tensor) -> Tensor:
-    return draws[~draws.isnan()]
-
-
-def _moments(draws: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation, as far as there are any."""
-    found = draws.double()
-    return float(found.mean()) if len(found) else torch.nan, float(found.std()) if len(found) > 1 else torch.nan
-
-
 def _spread(draws: Tensor, there: int) -> str:
-    mean, sd = _moments(draws)
+    mean, sd = moments(draws)
     return f"{mean:.2f}{f' +- {sd:.2g}' if len(draws) > 1 else ''} ({how_many(len(draws), there)})"

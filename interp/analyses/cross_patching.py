@@ -20,6 +20,7 @@ from interp.sites import RESIDUAL, Heads, Site
 from interp.spelling import spelled
 from interp.stats import Estimate, permutation, plus_minus, recovered, standard_error
 from interp.sweeps import Patch, check, run, sweep
+from interp.sweeps.draws import moments, present, unread
 from interp.sweeps.groups import HEADS, STREAM, groups_of, head_sites, random_heads, written
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class CrossPatchingResult(Result):
                 f"recovers {float(share.value[i]):.2f} [{float(share.low[i]):.2f}, {float(share.high[i]):.2f}]",
                 self.random_heads[i],
             )
-        beside = f", random heads {_spread(draws)}" if len(draws) and not bool(draws.isnan().any()) else ""
+        beside = f", random heads {_spread(draws)}" if len(draws := present(draws)) else ""
         which = f"the most of {len(self.cells)} groups" if not self.layers else f"the most of all {self.component}"
         if (
             self.layers and self.component in RESIDUAL and self.resolved and float(share.value[i]) >= 0.5
@@ -198,9 +199,9 @@ class CrossPatchingResult(Result):
         effects = {"effect": self.effect.double().mean(-1), "effect_se": standard_error(self.effect.T)}
         columns = effects | {"recovered": share.value, "low": share.low, "high": share.high, "p": test.p, "p_adjusted": test.adjusted}
         if not self.layers:
-            draws = self.random_heads
-            columns |= {"control": draws.mean(-1), "control_sd": draws.std(-1) if draws.shape[1] > 1 else draws.mean(-1) * torch.nan}
-            columns |= {"control_effect": (self.control - self.start).double().mean((-1, -2))}
+            found = [moments(draws) for draws in self.random_heads]
+            columns |= {name: torch.tensor([x[i] for x in found], dtype=torch.float64) for i, name in enumerate(("control", "control_sd"))}
+            columns |= {"control_effect": (self.control - self.start).double().mean(-1).nanmean(-1)}
         names = {what: self.cells} | ({} if self.layers else {"sites": self.sites})
         return pd.DataFrame({**names, **{name: x.double().numpy() for name, x in columns.items()}})
 
@@ -245,8 +246,10 @@ class CrossPatchingResult(Result):
         draws = (self.control - self.start).double().mean(-1) / gap
         series, intervals = {"group": values}, {"group": ends}
         if draws.shape[1] and not bool(draws.isnan().all()):
-            series["random heads"] = draws.mean(-1)
-            intervals["random heads"] = (draws.amin(-1), draws.amax(-1))
+            series["random heads"] = draws.nanmean(-1)
+            none = draws.isnan().all(-1)
+            ends_of = (draws.nan_to_num(torch.inf).amin(-1), draws.nan_to_num(-torch.inf).amax(-1))
+            intervals["random heads"] = (ends_of[0].masked_fill(none, torch.nan), ends_of[1].masked_fill(none, torch.nan))
         random = f"; of random heads the range of {draws.shape[1]} draws" if len(series) > 1 else ""
         return plots.bars(
             self.cells,
@@ -261,7 +264,7 @@ class CrossPatchingResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def cross_patching(
     pair: ModelPair,
     prompts: Prompts | PromptPairs,
@@ -322,7 +325,8 @@ def cross_patching(
     places = [] if sites is not None or component in HEADS else _places(batch, positions)
     if sites is not None:
         cells = groups_of(sites, component, shape)
-        drawn = {name: random_heads(group, shape, control, seed, name) for name, group in cells.items()}
+        nobody = unread(batch, [site for group in cells.values() for site in group], [judge])
+        drawn = {name: random_heads(group, shape, control, seed, name, nobody) for name, group in cells.items()}
     else:
         single = head_sites(component, shape, None if heads_at == "all" else heads_at) if component in HEADS else []
         single += [Site(component, layer, position=p) for layer in range(shape.n_layers) for p in places]

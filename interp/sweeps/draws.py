@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from torch import Tensor
 
 from interp.errors import InputError
 from interp.sites import Site
 
 if TYPE_CHECKING:
+    from interp.metrics import Metric, Reader
+    from interp.models import Batch
     from interp.models.checkpoint import Shape
 
 T = TypeVar("T")
@@ -75,6 +79,14 @@ def _sets(pools: Sequence[tuple[Sequence[T], int]], seed: str) -> Iterator[tuple
         i += 1
 
 
+def unread(batch: Batch, nodes: Iterable[Site], read: Iterable[Reader | Metric]) -> set[Position]:
+    """Positions of nodes at which what the last layer writes is read by nobody: they are no prompt's END, and END is all that is read."""
+    if any(reader.position != "END" for reader in read):
+        return set()
+    places, ends = {site.position for site in nodes if site.position is not None}, (batch.lengths.cpu() - 1).tolist()
+    return {p for p in places if not any(end in tokens for end, tokens in zip(ends, batch.at(p), strict=True))}
+
+
 def other_heads(
     group: Sequence[Site], circuit: Collection[Site], shape: Shape, draws: int, seed: str, unread: Collection[Position] = ()
 ) -> Drawn[Site]:
@@ -105,3 +117,14 @@ def how_many(drawn: int, there: int) -> str:
     if there == 1:
         return "the only ones there are"
     return f"all {there} sets there are" if drawn == there else f"{drawn} draw{'s' * (drawn != 1)}"
+
+
+def present(draws: Tensor) -> Tensor:
+    """Those that there are."""
+    return draws[~draws.isnan()]
+
+
+def moments(draws: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of those that there are; NaN without any, or any two."""
+    found = present(draws).double()
+    return float(found.mean()) if len(found) else math.nan, float(found.std()) if len(found) > 1 else math.nan

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from interp.errors import InputError
 from interp.sites import Heads, Site
+from interp.sweeps.draws import distinct
 
 if TYPE_CHECKING:
     from interp.models.checkpoint import Shape
@@ -96,29 +96,38 @@ def _named(what: str, component: str, shape: Shape) -> list[Site]:
     return [Site(site.component, site.layer, head) for head in every]
 
 
-def random_heads(group: Sequence[Site], shape: Shape, draws: int, seed: int, name: str) -> list[tuple[Site, ...]]:
-    """The group with other heads in place of its own, drawn from its layers, from the first to the last, at the same positions.
+def random_heads(
+    group: Sequence[Site], shape: Shape, draws: int, seed: int, name: str, unread: Collection[str | int | None] = ()
+) -> list[tuple[Site, ...]]:
+    """The group with other heads in place of its own, at each position drawn from the layers that its own span there.
 
     What else is in the group stays.
 
+    Args:
+        group: sites, heads one by one.
+        shape: of the model.
+        draws: how many groups, no two alike.
+        seed: of the draws.
+        name: of the group, part of the seed.
+        unread: positions at which nobody reads what heads of the last layer do.
+
     Returns:
-        One group per draw; none where the group has no heads, heads of several components, or more than there are others.
+        As many groups, or all there are if these are fewer. None where the group has no heads, heads of several components, or
+        more than there are others.
     """
     own, rest = [s for s in group if s.head is not None], [s for s in group if s.head is None]
-    components, layers = {s.component for s in own}, [s.layer or 0 for s in own]
+    components = {s.component for s in own}
     if len(components) != 1:
         return []
     (component,) = components
-    taken = {(s.layer, s.head) for s in own}
-    there = [(layer, head) for layer in range(min(layers), max(layers) + 1) for head in range(_heads(component, shape))]
-    pool = [head for head in there if head not in taken]
-    number: dict[str | int | None, int] = {}
-    for site in own:
-        number[site.position] = number.get(site.position, 0) + 1
-    if len(pool) < max(number.values()):
-        return []
-    streams = [random.Random(f"{seed} {name} {i}") for i in range(draws)]
-    return [(*rest, *(Site(component, *head, at) for at, n in number.items() for head in draw.sample(pool, n))) for draw in streams]
+    taken, pools = {(s.layer, s.head) for s in own}, []
+    silent = set(unread) if component not in ("k", "v") else set()  # the last layer's keys and values are read from elsewhere
+    for at in dict.fromkeys(s.position for s in own):
+        layers = [s.layer or 0 for s in own if s.position == at]
+        last = min(max(layers), shape.n_layers - 1 - (at in silent))
+        there = [(layer, head) for layer in range(min(layers), last + 1) for head in range(_heads(component, shape))]
+        pools.append(([Site(component, *head, at) for head in there if head not in taken], len(layers)))
+    return [(*rest, *some) for some in distinct(pools, draws, f"{seed} {name}").sets]
 
 
 def written(group: Iterable[Site], shape: Shape, *, added: bool) -> tuple[Site, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -17,6 +17,7 @@ from interp.models.checkpoint import Shape
 from interp.names import unknown
 from interp.sites import Site
 from interp.sweeps.ablation import Ablations, Knockout
+from interp.sweeps.draws import unread
 
 Nodes = tuple[Site, ...]
 Given = Literal["role", "greedy"]
@@ -122,7 +123,8 @@ def evaluated(runs: Ablations, circuit: Circuit, nodes: Nodes, search: Search, o
         given = telling(runs, nodes, given, steps, candidates, seed)
     before, after = without_each(runs, nodes, given)
     order = order or _order(circuit, nodes, runs.mean(after - before).double().mean(-1))
-    sizes, circuits = sizes_of(len(order)), other_circuits(order, circuit.nodes, runs.model.shape, search.random_circuits, seed)
+    nobody = unread(runs.batch, circuit.nodes, [runs.reader])
+    sizes, circuits = sizes_of(len(order)), other_circuits(order, circuit.nodes, runs.model.shape, search.random_circuits, seed, nobody)
     grown = runs([Knockout.all_but(chain[:k]) for chain in (order, *circuits) for k in sizes], f"circuits, {name}")
     curve, random = grown[: len(sizes)], grown[len(sizes) :].unflatten(0, (len(circuits), len(sizes)))
     circuit_without, model_without = incompleteness(runs, nodes, list(subsets.values()), f"subsets, {name}")
@@ -152,7 +154,9 @@ def sizes_of(n: int, many: int = 20) -> tuple[int, ...]:
     return tuple(sorted({round(i * n / steps) for i in range(steps + 1)}))
 
 
-def other_circuits(order: Nodes, known: Iterable[Site], shape: Shape, many: int, seed: int) -> list[Nodes]:
+def other_circuits(
+    order: Nodes, known: Iterable[Site], shape: Shape, many: int, seed: int, unread: Collection[str | int | None] = ()
+) -> list[Nodes]:
     """Other heads in place of those of a circuit, one by one at the same position; MLPs in place of MLPs.
 
     Args:
@@ -161,6 +165,7 @@ def other_circuits(order: Nodes, known: Iterable[Site], shape: Shape, many: int,
         shape: of the model.
         many: how many circuits.
         seed: of the draws.
+        unread: positions at which nobody reads what the last layer writes, so that its nodes there would be none to compare with.
 
     Returns:
         One per draw; none where a position has more nodes in the circuit than others. A node without a position is at all of them, so
@@ -168,7 +173,11 @@ def other_circuits(order: Nodes, known: Iterable[Site], shape: Shape, many: int,
     """
     classes = Counter((node.component, node.position) for node in order)
     taken = [*known]
-    pools = {kind: [site for site in _every(*kind, shape) if not any(_meet(site, node) for node in taken)] for kind in classes}
+    last = shape.n_layers - 1
+    pools = {
+        kind: [s for s in _every(*kind, shape) if not any(_meet(s, node) for node in taken) and not (s.layer == last and kind[1] in unread)]
+        for kind in classes
+    }
     for component, position in classes:
         everywhere = classes[component, None] if position is not None else 0
         if classes[component, position] + everywhere > len(pools[component, position]):
