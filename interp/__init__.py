@@ -19,10 +19,16 @@ from interp.analyses import ANALYSES
 from interp.compare import compare
 
 if TYPE_CHECKING:
+    from interp.circuit import Circuit as Circuit
     from interp.edits import Edit as Edit
+    from interp.edits import attention_edit as attention_edit
     from interp.errors import InputError as InputError
     from interp.models import HookedModel as HookedModel
     from interp.models import ModelPair as ModelPair
+    from interp.models.channels import channel_edit as channel_edit
+    from interp.models.curvature_edits import curvature_edit as curvature_edit
+    from interp.models.factors import Factors as Factors
+    from interp.models.kfac import kfac_factors as kfac_factors
     from interp.organisms import planted as planted
     from interp.prompts import PromptPairs as PromptPairs
     from interp.prompts import Prompts as Prompts
@@ -42,6 +48,12 @@ _HOMES = {
     "Site": "interp.sites",
     "Heads": "interp.sites",
     "Edit": "interp.edits",
+    "attention_edit": "interp.edits",
+    "channel_edit": "interp.models.channels",
+    "curvature_edit": "interp.models.curvature_edits",
+    "Circuit": "interp.circuit",
+    "Factors": "interp.models.factors",
+    "kfac_factors": "interp.models.kfac",
     "InputError": "interp.errors",
     "task": "interp.tasks",
     "load": "interp.store",
