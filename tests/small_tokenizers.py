@@ -99,7 +99,7 @@ class Reader:
             out[row, self.says(tuple(ids))[0]] = 1.0
         return out
 
-    def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, batch: Batch, max_new_tokens: int, stop: Sequence[int] | None = None) -> list[list[int]]:
         assert self.says is not None
         return [list(self.says(tuple(ids)))[:max_new_tokens] for ids in batch.rows()]
 

@@ -44,6 +44,8 @@ ANALYSES = (
     "curvature",
     "curvature_bands",
     "delta_curvature",
+    "recitation",
+    "language_modelling",
 )
 
 

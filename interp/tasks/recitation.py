@@ -33,15 +33,18 @@ class Recitation(Task):
 
     There are 200 canaries of 64 words per book, fixed by the book's number; the seed only orders them.
     Nothing but memory can continue them: chance is 0. A second book that was never trained on is the
-    control. Strict score: greedy decoding gives exactly the tokens of the rest.
+    control. ``split`` keeps a canary on one side, so that what is chosen on some is tested on others.
 
     Attributes:
         prefix: words of the prompt; the other ``64 - prefix`` are to be recited.
         book: which canaries.
+        judged: ``strict``: greedy decoding gives exactly the tokens of the rest; ``loose``: at most a quarter
+            of them have to be changed, taken out or put in.
     """
 
     prefix: int = 40
     book: int = 0
+    judged: Literal["strict", "loose"] = "strict"
 
     name: ClassVar[str] = "recitation"
     summary: ClassVar[str] = "Word-for-word continuation of random texts: known only to a model that memorised them."
@@ -77,12 +80,15 @@ class Recitation(Task):
         return Example(text, rest, context=f"canary {self.book}.{number}", tags={"canary": str(number)}, target=rest)
 
     def score(self, model: HookedModel, prompts: Prompts | PromptPairs, among: Literal["vocabulary", "options"] = "vocabulary"):
-        """Which canaries are recited, Bool [prompt]: greedy decoding gives exactly the tokens of the rest."""
-        from interp.tasks.scoring import recited
+        """Which canaries are recited, Bool [prompt]: what greedy decoding gives, held against the tokens of the rest."""
+        from interp.tasks.reciting import distances, loose, passages, recitations
+        from interp.tasks.scoring import clean
 
         if among == "options":
             raise InputError("recitation has no options to choose among; score it among the vocabulary")
-        return recited(model, prompts)
+        texts = passages(model, clean(prompts))
+        distance = distances(recitations(model, texts), texts.rests)
+        return loose(distance, texts.lengths) if self.judged == "loose" else distance == 0
 
 
 TASK = Recitation

@@ -65,14 +65,6 @@ def greedy_integer(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[T
     return torch.tensor([m is not None and int(m[1]) == int(w) for m, w in zip(found, wanted, strict=True)])
 
 
-def recited(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
-    """Where greedy decoding gives exactly the tokens of the target."""
-    asked = clean(prompts)
-    wanted = continuations(model, encode(model, asked.texts), _targets(asked))
-    written = model.generate(asked.batch(), max(len(ids) for ids in wanted))
-    return torch.tensor([tuple(new[: len(ids)]) == ids for new, ids in zip(written, wanted, strict=True)])
-
-
 def written(model: HookedModel, prompts: Prompts) -> list[str]:
     """What greedy decoding writes behind each prompt, with some tokens more than its target has."""
     longest = max(len(ids) for ids in continuations(model, encode(model, prompts.texts), _targets(prompts)))

@@ -1,0 +1,225 @@
+"""The study of memory in flat directions: its choices, its retentions by hand, its learnt baseline, and a quick run of all of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "studies"))
+
+import balanced_subnet as learnt  # noqa: E402
+import memorisation as study  # noqa: E402
+import memorisation_tables as tables  # noqa: E402
+from memorisation_tables import EDIT_DISTANCE, RANKS, TEXT, UNCUT, MemorisationResult  # noqa: E402
+
+import interp  # noqa: E402
+from interp.errors import InputError  # noqa: E402
+from interp.models import HookedModel  # noqa: E402
+from interp.models.batch import Batch  # noqa: E402
+from interp.models.curvature_edits import curvature_edit  # noqa: E402
+from interp.models.factors import Factors  # noqa: E402
+from interp.sites import Site  # noqa: E402
+from interp.stats import wilson  # noqa: E402
+from interp.sweeps.language import block_losses  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def base() -> HookedModel:
+    return HookedModel.load(study.BASE)
+
+
+@pytest.fixture(scope="module")
+def at() -> study.Measures:
+    return study.measures(16)
+
+
+def setting(mass: float, method: str = "curvature") -> study.Setting:
+    return study.Setting(method, (0,), ("W_in",), mass)
+
+
+def tried(mass: float, strict: float, matched: float, ratio: float) -> study.Tried:
+    return study.Tried(setting(mass), strict, matched, ratio)
+
+
+# ---- choosing
+
+
+def test_a_canary_is_chosen_on_or_held_out_and_texts_differ(at) -> None:
+    dev, held = set(at.dev.prompts), set(at.held.ids)
+    assert not dev & held and len(dev) == 8 and len(held) == 16
+    whole: Any = interp.task("recitation").generate(at.base, 200, 0)
+    assert {t for half in whole.split(seed=0) for t in half.ids} == set(whole.ids)
+    assert not set(map(tuple, at.dev_text.rows())) & set(map(tuple, at.text.rows()))
+    mixture = set(study.mixture(1))
+    canaries = {t[:60] for t in whole.texts}
+    prose = {t[:40] for t in interp.task("plain_text(source=prose)").generate(at.base, 68).texts}  # type: ignore[union-attr]
+    assert len(mixture) > 100 and not {t[:60] for t in mixture} & canaries and not {t[:40] for t in mixture} & prose
+    asked = {t for _, prompts in at.tasks.values() for t in getattr(prompts, "clean", prompts).texts}
+    assert sum(any(t.startswith(a) for a in asked if len(a) > 80) for t in mixture) == 0
+
+
+def test_the_strongest_setting_is_within_the_limit() -> None:
+    some = [tried(0.6, 0, 0.0, 1.26), tried(0.8, 0, 0.02, 1.25), tried(0.9, 0, 0.02, 1.1), tried(0.95, 0, 0.3, 1.0)]
+    assert study.strongest(some) is some[2] and study.strongest(some[:1]) is None is study.strongest([])
+
+
+def test_the_mildest_setting_suppresses() -> None:
+    some = [tried(0.6, 0, 0.0, 1.26), tried(0.8, 0, 0.1, 1.05), tried(0.9, 0.11, 0.1, 1.01), tried(0.95, 0.1, 0.11, 1.0)]
+    assert study.mildest(some) is some[1] and study.mildest(some[2:]) is None and study.mildest(some[:1]) is None
+
+
+def test_a_setting_tried_is_recitation_and_perplexity_under_its_edit(at, base, tmp_path) -> None:
+    sizes = {site: at.model.weight(site).shape for site in map(Site.parse, ("L0.W_in", "L2.W_in"))}
+    draw = torch.Generator().manual_seed(0)
+
+    def square(n: int) -> torch.Tensor:
+        x = torch.randn(2 * n, n, generator=draw, dtype=torch.float64) * torch.logspace(0, -3, n, dtype=torch.float64)
+        return x.T @ x
+
+    folder = tmp_path / "factors"
+    factors = Factors.write(folder, {s: (square(a), square(b)) for s, (a, b) in sizes.items()}, n=9, fingerprint=base.fingerprint)
+    edit = curvature_edit(base, factors, layers=2, modules="W_in", mass=0.9)
+    cutter = study.Cutter(at.model, factors, (0.5, 0.9), 0)
+    cutter.cuts["curvature"] = study.curvature_cuts(at.model, factors, layers=(0, 2), modules=("W_in",), masses=(0.5, 0.9))
+    mine = cutter(study.Setting("curvature", (2,), ("W_in",), 0.9))
+    (a,), (b,) = mine.weights, edit.weights
+    assert a.site == b.site and torch.equal(a.delta, b.delta)
+    found = at.tried(setting(0.9), mine)
+    with base.edited(edit):
+        written = base.generate([list(p) for p in at.dev.prompts], 30, stop=())
+        losses, counts = block_losses(base, at.dev_text), at.dev_text.lengths - 1
+    right = [[x == y for x, y in zip(w, r, strict=False)] for w, r in zip(written, at.dev.rests, strict=True)]
+    matched = [len(row) if all(row) else row.index(False) for row in right]
+    lengths = [len(r) for r in at.dev.rests]
+    assert found.strict == sum(m == n for m, n in zip(matched, lengths, strict=True)) / 8
+    assert found.matched == pytest.approx(sum(m / n for m, n in zip(matched, lengths, strict=True)) / 8, abs=1e-9)
+    before = block_losses(base, at.dev_text)
+    assert found.ratio == pytest.approx(float((((losses - before) * counts).sum() / counts.sum()).exp()), rel=1e-6)
+    assert at.tried(setting(1), interp.Edit(())) == study.Tried(setting(1), 1.0, 1.0, 1.0)
+
+
+def test_factors_of_other_texts_are_refused(base, tmp_path) -> None:
+    a, b = base.weight("L0.W_in").shape
+    eye = {Site("W_in", 0): (torch.eye(a), torch.eye(b))}
+    Factors.write(tmp_path / "f", eye, n=9, fingerprint=base.fingerprint, meta={"prompts": 2})
+    with pytest.raises(InputError, match="factors of 2 texts, not of 1"):
+        study.collected(base, ["The"], tmp_path / "f")
+    Factors.write(tmp_path / "g", eye, n=9, fingerprint="other", meta={"prompts": 1})
+    with pytest.raises(InputError, match="belong to"):
+        study.collected(base, ["The"], tmp_path / "g")
+
+
+# ---- the table
+
+
+def made() -> MemorisationResult:
+    """Two cuts; one row per kind, and three prompts or four."""
+    rows = {study.HELD: [1, 1, 1, 1], study.HELD_LOOSE: [1, 1, 1, 1], study.HEARD: [1, 1, 0, 1], study.DEV: [1, 1, 1, 1]}
+    rows |= {"arithmetic: a": [1, 1, 1, 0], "closed book: c": [1, 1, 1, 1], "open book: o": [1, 0, 1, 1], "logic: l": [1, 1, 1, 1]}
+    rows |= {TEXT: [1.0, 2.0, 3.0], RANKS: [1.0] * 3, EDIT_DISTANCE: [0.0] * 4}
+    after = {study.HELD: [0, 0, 0, 0], study.HELD_LOOSE: [0, 0, 1, 0], study.HEARD: [1, 0, 0, 0], study.DEV: [0, 0, 0, 1]}
+    after |= {"arithmetic: a": [1, 0, 0, 0], "closed book: c": [1, 0, 1, 0], "open book: o": [1, 0, 1, 1], "logic: l": [1, 1, 1, 1]}
+    after |= {TEXT: [1.1, 2.1, 3.1], RANKS: [0.9, 0.8, 0.7], EDIT_DISTANCE: [0.9, 0.8, 0.2, 0.9]}
+    values = {f"{cut} | {k}": torch.tensor(v, dtype=torch.float64) for cut, some in ((UNCUT, rows), ("x", after)) for k, v in some.items()}
+    return MemorisationResult(values=values, settings={"x": "a setting"}, seed=0)
+
+
+def test_retention_is_a_share_of_base() -> None:
+    found = made()
+    assert float(found.retention("x", "arithmetic: a").value) == pytest.approx(1 / 3)
+    assert float(found.retention("x", "closed book: c").value) == 0.5
+    prose = found.retention("x", study.HEARD)
+    assert float(prose.value) == pytest.approx(1 / 3) and prose.low <= prose.value <= prose.high
+    none, everything = found.retention("x", study.HELD), found.retention("x", "logic: l")
+    assert (float(none.value), float(none.low), float(none.high)) == (0, *wilson(0, 4))
+    assert (float(everything.value), float(everything.low)) == (1, wilson(4, 4)[0])
+    ratio = found.ratio("x")
+    assert float(ratio.value) == pytest.approx(1.1051709, rel=1e-6)
+    gap = found.gap("x")
+    assert float(gap.value) == pytest.approx((1 + 1) / 2 - (1 / 3 + 1 / 2) / 2) and gap.low < gap.value < gap.high
+    assert float(found.gap(UNCUT).value) == 0
+
+
+def test_the_tables_say_what_was_measured() -> None:
+    found = made()
+    frame = found.to_frame()
+    row = frame[frame.row == "arithmetic: a"].iloc[0]
+    assert (row["base"], row["after"], row["value"]) == (0.75, 0.25, pytest.approx(1 / 3))
+    text = tables.printed(found)
+    assert "0.50 [" in text and "1.11 [" in text and text.splitlines()[-1].endswith("a setting")
+    assert len(found.to_frame(per="prompt")) == 2 * (8 * 4 + 3 + 3 + 4)
+    assert "leaves 0 [0," in found.summary() and list(found.figures()) == ["x"]
+
+
+def test_the_answer_follows_from_the_numbers() -> None:
+    found, table = study.Found(), made()
+    names = ("curvature, strongest", "sharp end removed, where the strongest is", "random pairs, strongest")
+    values = {f"{UNCUT} | {row}": table.of(UNCUT, row) for row in (k.partition(" | ")[2] for k in table.values if k.startswith("x | "))}
+    values |= {f"{cut} | {k.partition(' | ')[2]}": v for cut in names for k, v in table.values.items() if k.startswith("x | ")}
+    values[f"{names[1]} | {study.HELD}"] = torch.ones(4, dtype=torch.float64)
+    values[f"{names[2]} | {TEXT}"] = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
+    found.chosen = dict.fromkeys(names, "a setting")
+    found.table = MemorisationResult(values=values, settings=found.chosen, seed=0)
+    lines = study.verdict(found)
+    assert lines[0].startswith("Reached, strongest setting (a setting): 0 [0, 0.49] of the strict recitation")
+    assert "sharp end removed 1.00 at 1.105;" in lines[1] and "random pairs 0.00 at 2.718;" in lines[1]
+    assert "no setting within the limit suppresses: sharp end removed, singular values, rectangular" in lines[1]
+    assert "closed-book facts fall more" in lines[2] or "beyond noise" in lines[2]
+    assert lines[3] == "No setting suppresses recitation within the limit (mildest)."
+    values[f"{names[0]} | {study.HELD}"] = torch.tensor([0, 1, 0, 0], dtype=torch.float64)
+    assert study.verdict(found)[0].startswith("Not reached")
+    values[f"{names[0]} | {study.HELD}"] = torch.zeros(4, dtype=torch.float64)
+    values[f"{names[2]} | {TEXT}"] = table.of("x", TEXT)
+    assert "random pairs 0.00 at 1.105 (does it too)" in study.verdict(found)[1]
+
+
+# ---- the learnt baseline
+
+
+def test_a_mask_zeroes_its_share_and_lets_gradients_through() -> None:
+    score = torch.tensor([[0.1, -0.5, 0.02], [-0.3, 0.9, -0.04]], requires_grad=True)
+    found = learnt.mask(score, 1 / 3)
+    assert torch.equal(found.detach(), torch.tensor([[1.0, 1, 0], [1, 1, 0]]))
+    (found * torch.arange(6.0).reshape(2, 3)).sum().backward()
+    assert torch.equal(score.grad, torch.arange(6.0).reshape(2, 3) * score.detach().sign())
+    assert bool((learnt.mask(score, 0.0) == 1).all())
+
+
+def test_the_learnt_baseline_forgets_what_it_is_shown(base) -> None:
+    prompts: Any = interp.task("recitation").generate(base, 6, 0)
+    forget = [tuple(base.tokens(t + r)) for t, r in zip(prompts.texts, prompts.targets, strict=True)]
+    keep = list(interp.task("plain_text").generate(base, 6, 9).ids)  # type: ignore[union-attr]
+    edit = learnt.balanced_subnet(base, forget, keep, ratio=0.05, epochs=8)
+    none = learnt.balanced_subnet(base, forget, keep, ratio=0.05, epochs=0)
+    assert len(edit.weights) == 12
+    for change in edit.weights:
+        w = base.weight(change.site)
+        gone = change.delta != 0
+        assert torch.equal(change.delta[gone], -w[gone]) and int(gone.sum()) == round(0.05 * w.numel())
+
+    def losses(rows: Any, change: Any) -> float:
+        with base.edited(change):
+            return float(block_losses(base, Batch.of(rows)).mean())
+
+    assert losses(forget, edit) > losses(forget, none) + 0.5
+    assert losses(keep, edit) < losses(keep, none) + 0.5
+
+
+# ---- all of it
+
+
+@pytest.mark.full
+def test_a_quick_run_writes_the_page(tmp_path, capsys) -> None:
+    assert study.main(["--quick", "--n", "16", "--out", str(tmp_path)]) == 0
+    told, page = capsys.readouterr().out, (tmp_path / "memorisation.html").read_text(encoding="utf-8")
+    for what in ("strict recitation of held-out canaries", "Controls, share of held-out recitation left", "The learnt baseline"):
+        assert what in told and what in page, what
+    assert "gate+in of 0" in told and "perplexity ratio" in told
+    with pytest.raises(SystemExit):
+        study.main(["--n", "3"])
+    assert "--n is 3, expected 16 or more" in capsys.readouterr().err
