@@ -72,7 +72,7 @@ SEARCHED = {"quick": 24, "normal": 64, "full": 200}
 PLAN = (
     Row("pair_check", None, {}, lambda s: Work(passes=1, saved=2**16)),
     Row("weight_delta", None, {}, lambda s: Work(passes=3, saved=2**18)),
-    Row("head_svd", None, {}, lambda s: Work(passes=10, saved=300 * s.layers * s.heads)),
+    Row("head_svd", None, {}, lambda s: Work(passes=100, saved=300 * s.layers * s.heads)),
     Row("composition", None, {}, lambda s: Work(passes=15 + s.layers * s.heads / 10, saved=2000 * s.layers * s.heads), settings=_reading),
     Row("intruder_dimensions", None, {}, lambda s: Work(passes=60, saved=2**18)),
     Row(

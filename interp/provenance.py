@@ -352,11 +352,13 @@ def _argument(function: str, parameter: inspect.Parameter, value: Any) -> Any:
     """An argument as the analysis takes it: a circuit of the result that found it, and one text or number as a list of one.
 
     Raises:
-        InputError: it is no pair of models, no circuit or no seed, where that is asked for.
+        InputError: it is no pair of models, a pair where one model is taken, no circuit or no seed, where that is asked for.
     """
     annotation = str(parameter.annotation).strip("'")
     if annotation == "ModelPair" and not hasattr(value, "tuned"):
         raise InputError(f"{function} compares two models: {parameter.name} is a ModelPair, but {type(value).__name__} came")
+    if annotation == "HookedModel" and all(hasattr(value, side) for side in ("base", "tuned")):
+        raise InputError(f"{function} takes one model: {parameter.name} is a HookedModel, but a pair came; give its .base or its .tuned")
     if annotation in ("Circuit", "Circuit | None") and not (value is None and parameter.default is None):
         return circuit_of(value, f"the circuit {parameter.name} of {function}".replace("circuit circuit", "circuit"))
     if annotation in _LISTS and isinstance(value, _LISTS[annotation]):

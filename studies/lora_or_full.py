@@ -140,7 +140,10 @@ def thresholds(found: Found) -> str:
 
 
 def sweeps(found: Found) -> str:
-    """One row per strength: answers, margin and text, of the intruders with 95 % intervals, of the controls from lowest to highest draw."""
+    """One row per strength: answers, margin and text, of the intruders with 95 % intervals, of the controls from lowest to highest draw.
+
+    A control of one draw has no such ends.
+    """
     lines = []
     for (name, threshold), result in found.sweeps.items():
         lines.append(f"{name}, the {result.counts[0]} with |cos| < {threshold:g} made so many times as strong; change from {name}")
@@ -156,7 +159,8 @@ def sweeps(found: Found) -> str:
                     values = [unit * float(e.value) for e in each]
                     one = kind == "intruders"
                     ends = (unit * float(each[0].low), unit * float(each[0].high)) if one else (min(values), max(values))
-                    told = f"{sum(values) / len(values):+.{places}f} [{ends[0]:+.{places}f}, {ends[1]:+.{places}f}]"
+                    told = f"{sum(values) / len(values):+.{places}f}"
+                    told += f" [{ends[0]:+.{places}f}, {ends[1]:+.{places}f}]" if one or len(values) > 1 else ""
                     cells += f"{told:>{width}}"
                 lines.append(f"  {f'{kind} x {factor:g}':26}{cells}")
         tuned, base = (f"{float((m > 0).double().mean()):.1%}" for m in (result.tuned_margin, result.base_margin))

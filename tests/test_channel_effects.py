@@ -13,7 +13,7 @@ from interp import organisms
 from interp.analyses.channel_effects import ChannelEffectsResult, channel_effects
 from interp.edits import Edit, WeightChange
 from interp.errors import InputError
-from interp.models import HookedModel
+from interp.models import HookedModel, ModelPair
 from interp.models.channels import channel_edit, coefficients, named
 from interp.models.composition import component_scores, readers
 from interp.models.heads import folded_heads
@@ -129,6 +129,60 @@ def test_a_head_that_nobody_hears_has_no_effect() -> None:
     assert "nearly equal singular values in L2H0" in got.summary()
     alive = ~got.score[0].isnan().any(-1)
     assert got.effect()[0][~alive].abs().max() < 1e-6
+
+
+def test_controls_are_as_many_others_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from all that was not selected of the heads in question; with nothing or too little left there is no control."""
+    import sys
+
+    model, asked = HookedModel.load(sharp("gpt2")), prompts()
+    module, n = sys.modules[channel_effects.__module__], model.shape.d_head
+
+    def chosen(*which: tuple[int, int]) -> ChannelEffectsResult:
+        flags = torch.zeros(2, n, dtype=torch.bool)
+        for cell in which:
+            flags[cell] = True
+        monkeypatch.setattr(module, "_selected", lambda *_: flags)
+        return channel_effects(model, asked, senders="L0H1,L0H3", movers="L2H1", draws=3)
+
+    # All but one of the first head, one of the second: n in all, and as many others in the two together.
+    got = chosen(*((0, r) for r in range(n - 1)), (1, 0))
+    with model.edited(channel_edit(model, f"L0H1.{n - 1}, " + ", ".join(f"L0H3.{r}" for r in range(1, n)), delete=True, at="END")):
+        others = margin(model, asked, [(2, 1)])
+    for draw in got.joint_random[0]:
+        assert (draw - others).abs().max() < 1e-5
+    assert f"as many random others of these heads {float(got.removed()[1].mean()):.2f}" in got.summary()
+    none = chosen(*((0, r) for r in range(n)))  # nothing else of that head; the other has none selected
+    assert none.joint_random.isnan().all() and not none.joint.isnan().any()
+    assert (
+        "without a control: these heads have not as many other components" in none.summary()
+        and "others of these heads" not in none.summary()
+    )
+    none.figures()
+
+
+def test_what_is_written_elsewhere_passes_no_query() -> None:
+    model = HookedModel.load(sharp("gpt2"))
+    got = channel_effects(model, prompts(), senders="L0H1@MID; L1H0", movers="L2H1", draws=0)
+    why = "L0H1 writes at other tokens than END, where queries are read, so that nothing passes through these"
+    assert why in got.notes and not got.effect("query")[0].any() and got.effect("query")[1].any()
+    assert not any("other tokens" in note for note in channel_effects(model, prompts(), senders="L0H1", movers="L2H1", draws=0).notes)
+
+
+def test_weights_of_low_precision_and_heads_without_any() -> None:
+    half = HookedModel.load(sharp("llama").bfloat16())
+    got = channel_effects(half, prompts(), senders="L0H1", movers="L2H1", rank=1, draws=0)
+    assert "weights are bfloat16; they are taken apart in float64" in got.summary()
+    model = HookedModel.load(sharp("gpt2"))
+    zero = Edit((WeightChange(Site("W_O", 0, 1), -model.weight("L0H1.W_O")),))
+    with model.edited(zero), pytest.raises(InputError, match="L0H1 has no strength"):
+        channel_effects(model, prompts(), senders="L0H1", movers="L2H1", draws=0)
+
+
+def test_a_pair_is_refused_in_one_sentence() -> None:
+    model = HookedModel.load(sharp("gpt2"))
+    with pytest.raises(InputError, match="channel_effects takes one model: model is a HookedModel, but a pair came; give its .base"):
+        channel_effects(ModelPair(model, model), prompts(), senders="L0H1", movers="L2H1")  # type: ignore[arg-type]
 
 
 def test_left_out_components_tables_figures_and_files(tmp_path: Any) -> None:

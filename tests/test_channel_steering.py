@@ -10,9 +10,9 @@ import torch
 from tiny_checkpoints import FOUR, sharp
 
 from interp.analyses.channel_steering import ChannelSteeringResult, channel_steering
-from interp.edits import Edit
+from interp.edits import Edit, WeightChange
 from interp.errors import InputError
-from interp.models import HookedModel
+from interp.models import HookedModel, ModelPair
 from interp.models.channels import channel_edit
 from interp.prompts import Prompts
 from interp.sites import Site
@@ -139,6 +139,30 @@ def test_tables_figures_and_files(tmp_path: Any) -> None:
         assert "of 3 slots" in got.summary() and "random" in got.summary()
     again = ChannelSteeringResult.load(got.save(tmp_path))
     assert torch.equal(again.attention, got.attention) and again.summary() == got.summary()
+
+
+def test_what_is_said_of_channels() -> None:
+    """Nearly equal strengths with their span, and weights of low precision."""
+    hf = sharp("llama").bfloat16()
+    with torch.no_grad():
+        hf.model.layers[0].input_layernorm.weight.fill_(1)
+        hf.model.layers[0].self_attn.v_proj.weight[:8] = torch.eye(8, 24)  # of heads 0 and 1
+        hf.model.layers[0].self_attn.o_proj.weight[:, 8:16] = torch.eye(24, 8)
+    got = channel_steering(HookedModel.load(hf), prompts(), channels="L0H1.2", mover="L2H0", grid=2, factors=(1.0,), draws=0)
+    span = "components 0 to 7 of L0H1 have nearly equal singular values: their span is identified, the direction of L0H1.2 in it is not"
+    assert span in got.summary() and "weights are bfloat16; they are taken apart in float64" in got.summary()
+
+
+def test_what_cannot_be_steered() -> None:
+    model, asked = HookedModel.load(sharp("gpt2")), prompts()
+    end = len(asked.ids[0]) - 1
+    with pytest.raises(InputError, match=f"L0H1.0@END and L0H1.0@{end} are the same token in prompt 0; a channel is set once"):
+        channel_steering(model, asked, channels=f"L0H1.0@END, L0H1.0@{end}", mover="L2H0")
+    with pytest.raises(InputError, match="channel_steering takes one model: model is a HookedModel, but a pair came"):
+        channel_steering(ModelPair(model, model), asked, channels="L0H1.0", mover="L2H0")  # type: ignore[arg-type]
+    zero = Edit((WeightChange(Site("W_O", 0, 1), -model.weight("L0H1.W_O")),))
+    with model.edited(zero), pytest.raises(InputError, match="L0H1.0@END has no strength"):
+        channel_steering(model, asked, channels="L0H1.0", mover="L2H0")
 
 
 @pytest.mark.parametrize(

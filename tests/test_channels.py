@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -10,10 +12,12 @@ from typing import Any, cast
 import pytest
 import torch
 from plain_hooks import Set, _before, _parts, hooked, patched, seen
-from tiny_checkpoints import FOUR, saved, tiny
+from tiny_checkpoints import FOUR, saved, sharp, tiny
 from torch import Tensor
 
-from interp.edits import ChannelChange, Edit
+from interp import organisms
+from interp.analyses.composition import composition
+from interp.edits import ChannelChange, Edit, WeightChange
 from interp.errors import InputError
 from interp.models import Batch, HookedModel
 from interp.models.channels import channel_edit, coefficients, named
@@ -380,3 +384,71 @@ def test_a_norm_behind_attention_is_refused() -> None:
     edit = channel_edit(model, "L0H1.1", delete=True)
     with pytest.raises(InputError, match="no result of their own"), model.edited(edit):
         model.logits(BATCH)
+
+
+# ---- what is said of components
+
+
+def test_nearly_equal_strengths_are_said_with_their_span() -> None:
+    model = organisms.hand_built("induction").model  # L0H1 copies: its components are all alike
+    there = int((folded_heads(model, 0).components("ov").S[1] > 1e-6).sum())
+    said = f"components 0 to {there - 1} of L0H1 have nearly equal singular values: their span is identified, the direction of L0H1.2"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        channel_edit(model, "L0H1.2", delete=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        channel_edit(model, ", ".join(f"L0H1.{i}" for i in range(there)), delete=True)  # all of the span
+        channel_edit(HookedModel.load(sharp("gpt2")), "L0H1.2", delete=True)
+
+
+def test_low_precision_is_said() -> None:
+    half = HookedModel.load(sharp("llama").bfloat16())
+    with pytest.warns(UserWarning, match="weights are bfloat16; they are taken apart in float64"):
+        channel_edit(half, "L0H1.2", delete=True)
+
+
+def test_a_head_without_weights_has_no_channel() -> None:
+    model = HookedModel.load(sharp("gpt2"))
+    zero = Edit((WeightChange(Site("W_O", 0, 1), -model.weight("L0H1.W_O")),))
+    with model.edited(zero), pytest.raises(InputError, match="L0H1.0 has no strength: all weights of its head's OV are zero"):
+        channel_edit(model, "L0H1.0", delete=True)
+    low = model.weight("L0H1.W_O").double()
+    kept = torch.zeros_like(low)
+    kept[:2] = low[:2]
+    with model.edited(Edit((WeightChange(Site("W_O", 0, 1), kept - low),))):
+        channel_edit(model, "L0H1.1", delete=True)
+        with pytest.raises(InputError, match="L0H1.3 has no strength: its head writes along 2 components only"):
+            channel_edit(model, "L0H1.3", delete=True)
+
+
+def test_two_positions_that_are_one_token_are_changed_once(llama: HookedModel) -> None:
+    ids = [[5, 9, 11, 8]]
+    for settings in ({"delete": True}, {"to": 2.0}, {"scale": 3.0}):
+        for receivers in (None, "L2H1.v"):
+            if receivers is None and "scale" in settings:
+                with pytest.raises(InputError, match="L0H1.0@END and L0H1.0@3 may be the same token, whose channel would be multiplied"):
+                    channel_edit(llama, "L0H1.0@END, L0H1.0@3", **settings)
+                continue
+            found = []
+            for text in ("L0H1.0@END", "L0H1.0@END, L0H1.0@3"):
+                with llama.edited(channel_edit(llama, text, receivers=receivers, **settings)):
+                    found.append(llama.logits(ids))
+            near(found[1], found[0])
+            assert not torch.equal(found[0], llama.logits(ids))
+
+
+def test_receivers_are_named_as_composition_names_them(llama: HookedModel) -> None:
+    """``L0H1.0 -> L2H1.v for L2H3``: the values of key/value head 1, and no others, read the change."""
+    found = composition(llama, kind="v", senders="L0H1", receivers="L2H3", draws=5).top(1).channel[0]
+    channel, _, receiver = found.partition(" -> ")
+    reader, _, reading = receiver.partition(" for ")
+    assert (reader, reading) == ("L2H1.v", "L2H3")
+    ids, site = [[5, 9, 11, 8]], Site("v", 2)
+    plain = llama.capture(ids, site)[site]
+    with llama.edited(channel_edit(llama, channel, delete=True, receivers=reader)):
+        moved = (llama.capture(ids, site)[site] - plain).abs().amax((0, 1, 3))
+    assert moved[0] == 0 < moved[1]
+    for kind, name in (("k", "L2H1.k for L2H3"), ("q", "L2H3.q")):
+        assert composition(llama, kind=kind, senders="L0H1", receivers="L2H3", draws=5).top(1).channel[0].endswith(f" -> {name}")
+    with pytest.raises(InputError, match="L2H3"):
+        channel_edit(llama, channel, delete=True, receivers="L2H3.v")

@@ -293,6 +293,8 @@ def test_what_run_needs_is_said(fake, cli) -> None:
 def test_unknown_words_come_with_the_nearest(cli) -> None:
     refused(cli("run", "wieght_delta"), "nearest: weight_delta")
     refused(cli("run", "weight_delta", "--rnak=3"), "nearest: --rank")
+    refused(cli("run", "intruder_dimensions", "--model=base"), "compares two models: it takes --base and --tuned, not --model")
+    refused(cli("run", "channel_effects", "--base=base", "--tuned=boxes-tuned"), "takes one model: give --model, not --base")
     refused(cli("compare", "--efort=full"), "nearest: --effort")
     refused(cli("compare", "--only", "wieght_delta"), "nearest: weight_delta")
     refused(cli("compare", "--task", "iou"), "ioi")

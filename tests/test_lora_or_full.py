@@ -60,6 +60,7 @@ def test_the_tables_say_what_was_counted(found) -> None:
     ]
     change = found.sweeps[study.LORA, 0.6].change("margin", 0, 0)
     assert f"{float(change.value):+.2f} [{float(change.low):+.2f}, {float(change.high):+.2f}]" in table.splitlines()[2]
+    assert all("[" not in row for row in table.splitlines()[4:6])  # controls of one draw have no ends
     assert study.sweeps(study.Found()) == "there is nothing to scale"
 
 

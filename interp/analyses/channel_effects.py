@@ -14,7 +14,7 @@ from interp import plots
 from interp.edits import ActivationChange, Edit
 from interp.errors import InputError
 from interp.models.composition import alive, component_scores, readers, spans
-from interp.models.heads import folded_heads
+from interp.models.heads import folded_heads, upcast
 from interp.models.steered import Channels, Look, Steered, Ways
 from interp.names import unknown
 from interp.prompts import PromptPairs, Prompts
@@ -44,7 +44,7 @@ class ChannelEffectsResult(Result):
         whole: with everything that a sender writes there deleted.
         random: with a random direction of what a sender can write along deleted.
         joint: with the selected components deleted together; NaN where none was selected.
-        joint_random: with as many random components of the same heads.
+        joint_random: with as many random others of the same heads; NaN where they do not have as many.
         score: query composition of the component with the mover, from weights alone; NaN for components without strength.
         strength: singular values of the senders' OV.
         write: what components write along, unit vectors.
@@ -169,10 +169,12 @@ class ChannelEffectsResult(Result):
             return f"No component was selected as a channel: {start}; {self._told()} ({end})"
         found, drawn = self.removed()
         share = found.refused or f"{found.at()} of that margin"
-        spread = f", as many random components of these heads {float(drawn.mean()):.2f}" if len(drawn) else ""
+        spread = f", as many random others of these heads {float(drawn.mean()):.2f}" if len(drawn) else ""
+        if bool(drawn.isnan().any()):
+            spread = ", without a control: these heads have not as many other components"
         query = self.removed("query")[0]
         where = " and ".join(dict.fromkeys(self._positions()))
-        alone = "" if query.refused else f" ({query.at()} through the query alone)"
+        alone = "" if query.refused or not bool((self.joint[1] != self.intact).any()) else f" ({query.at()} through the query alone)"
         return f"Deleting {', '.join(self.names())} at {where} takes {share}{alone}{spread}: {start}; {self._told()} ({end})"
 
     def _told(self) -> str:
@@ -270,7 +272,7 @@ class ChannelEffectsResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def channel_effects(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
@@ -293,15 +295,17 @@ def channel_effects(
     Talking Heads (Merullo et al. 2024, arXiv 2406.09519): what a head writes is taken apart by the SVD of its OV, and one component at a
     time is deleted at one token, ``z @ W_O`` losing its part along the component's direction. What that takes from the movers' margin of
     attention, ``to`` less ``away``, is set beside the composition score of the component with the movers' queries, which weights alone
-    give. Deleted for all readers, and for the movers' queries alone. Controls are random directions of what the heads can write along,
-    and for the selected components together as many random ones. Selected are components whose score is among the ``top`` of their head
+    give. Deleted for all readers, and for the movers' queries alone: these are read at ``query``, so that of what is written at other
+    tokens nothing passes through them. Controls are random directions of what the heads can write along, and for the selected
+    components together as many random others of the same heads. Selected are components whose score is among the ``top`` of their head
     for some mover and whose effect is more than ``share`` of what deleting all that the head writes takes, on the prompts of some
     contexts; the others judge them. A head whose whole effect is within two standard errors of 0 has none.
 
     Args:
         model: the model.
         prompts: prompts; of pairs the clean ones.
-        senders: heads that write, ``L8H10,L7H3``, at a position of their own or at ``position``.
+        senders: heads that write, at ``position``: ``L8H10,L7H3``; or at positions of their own, with ``;`` between the groups:
+            ``L8H10,L7H3@END; L6H2@S2``.
         movers: heads of later layers, whose attention is read.
         position: the token at which senders write.
         query: the token whose attention is read.
@@ -337,6 +341,8 @@ def channel_effects(
     intact = pieces[0][0]
     selected = _selected(parts.score, (intact - pieces[0][2]).mean(2)[..., chosen], (intact - pieces[0][1]).mean(1)[:, chosen], top, share)
     joint = [_margin(sweep(s, parts.together(selected, draws, seed), seed=seed, desc="together")) for s in both]
+    for m in joint if int(selected.sum()) > int(parts.others(selected).sum()) else ():
+        m[1:] = torch.nan
     if not bool(selected.any()):
         joint = [torch.full_like(m, torch.nan) for m in joint]
     return ChannelEffectsResult(
@@ -359,7 +365,7 @@ def channel_effects(
         to=to,
         away=away,
         draw_seed=seed,
-        notes=(*parts.notes(), *dict.fromkeys(f.note for f in first if f.note)),
+        notes=(*parts.notes(), *parts.elsewhere(batch, query_), *upcast(model), *dict.fromkeys(f.note for f in first if f.note)),
         labels={
             "through": _WAYS,
             "sender": tuple(f"L{h.layer}H{h.head}" for h in heads),
@@ -396,11 +402,15 @@ class _Parts:
         self.many = rank or self.all
         read = torch.cat([readers(folded_heads(model, layer), "q")[head : head + 1] for layer, head in movers])
         self.score = component_scores(self.write, read)
-        self.score[~alive(self.strength, model.shape.d_model)] = torch.nan
+        self.alive = alive(self.strength, model.shape.d_model)
+        self.score[~self.alive] = torch.nan
+        if not bool(self.alive.any(1).all()):
+            head = heads[int((~self.alive.any(1)).nonzero()[0])]
+            raise InputError(f"L{head.layer}H{head.head} has no strength: all weights of its OV are zero, so that it sends nothing")
         directions = torch.cat([torch.cat([basis, *self._drawn(s, seed)]) for s, basis in enumerate(self.write)])
         each = self.all + draws
-        places = [single(batch, h.position if h.position is not None else "END", str(h)) for h in heads]
-        where = torch.stack(places).repeat_interleave(each, 0)
+        self.places = torch.stack([single(batch, h.position if h.position is not None else "END", str(h)) for h in heads])
+        where = self.places.repeat_interleave(each, 0)
         self.channels = Channels(tuple((h.layer or 0, h.head or 0) for h in heads for _ in range(each)), directions, where)
 
     def _drawn(self, sender: int, seed: int) -> list[Tensor]:
@@ -429,21 +439,32 @@ class _Parts:
         return margins[0], margins[1 : 1 + s], components, rest[:, self.many :]
 
     def together(self, selected: Bool[Tensor, "sender rank"], draws: int, seed: int) -> Ways:
-        """The selected components, then as many others of each head at random."""
+        """The selected components, then as many others of their heads at random; as many as there are."""
         gone = torch.zeros(1 + draws, len(self.heads), self.all + self.draws, dtype=torch.bool)
         gone[0, :, : self.all] = selected
+        others = self.others(selected).nonzero()
         for d in range(draws):
-            for s, mine in enumerate(selected):
-                others = (~mine).nonzero().flatten()
-                order = torch.randperm(len(others), generator=generator("together", seed, str(self.heads[s]), d))
-                gone[1 + d, s, others[order[: int(mine.sum())]]] = True
+            order = torch.randperm(len(others), generator=generator("together", seed, *map(str, self.heads), d))
+            drawn = others[order[: int(selected.sum())]]
+            gone[1 + d, drawn[:, 0], drawn[:, 1]] = True
         return Ways.without(gone.flatten(1))
+
+    def others(self, selected: Bool[Tensor, "sender rank"]) -> Bool[Tensor, "sender rank"]:
+        """What random components are drawn from: those with strength of heads with selected ones."""
+        return ~selected & selected.any(1, keepdim=True) & self.alive
+
+    def elsewhere(self, batch: Batch, query: str | int) -> tuple[str, ...]:
+        """Senders that no query can read."""
+        away = (self.places != batch.index(query).cpu()).all(1).tolist()
+        names = [f"L{h.layer}H{h.head}" for h, far in zip(self.heads, away, strict=True) if far]
+        why = f"write{'s' * (len(names) == 1)} at other tokens than {query}, where queries are read, so that nothing passes through these"
+        return (f"{', '.join(names)} {why}",) if names else ()
 
     def notes(self) -> tuple[str, ...]:
         """Components that are not single directions."""
         first = spans(self.strength)
         shared = [f"{h.at(None)}".removesuffix(".z") for h, row in zip(self.heads, first, strict=True) if len(row.unique()) < len(row)]
-        dead = int((~alive(self.strength, self.write.shape[-1])).sum())
+        dead = int((~self.alive).sum())
         return (
             *([f"nearly equal singular values in {', '.join(shared)}: single directions among those are not identified"] if shared else []),
             *([f"{dead} components have no strength and no score"] if dead else []),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from interp import plots
 from interp.errors import InputError
-from interp.models.channels import coefficients, named
-from interp.models.heads import folded_heads
+from interp.models.channels import coefficients, doubts, named
+from interp.models.heads import check_component, folded_heads
 from interp.models.steered import Channels, Look, Steered, Ways
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
@@ -213,7 +213,10 @@ class ChannelSteeringResult(Result):
                     yield {**self._start(d, point), "prompt": prompt, "slot": self.labels["slot"][slot], **values}
 
     def plot(self) -> go.Figure:
-        """The slot that gets the most attention over the grid; of three channels with the third at its middle."""
+        """The slot that gets the most attention over the grid; of three channels with the third at its middle.
+
+        Of an even number of points that is the upper one of the two.
+        """
         return self._map(0, self.slot_map().double() + 1, "slot with most attention", len(self.labels["slot"]))
 
     def figures(self) -> dict[str, go.Figure]:
@@ -323,6 +326,7 @@ def channel_steering(
     look = Look(tuple(movers), torch.stack([_slot(batch, name, at) for name in names]))
     sets = _directions(model, sites, draws, seed)
     where = torch.stack([single(batch, s.position if s.position is not None else "END", str(s)) for s in sites])
+    _refuse_twice(sites, where)
     judge, heads = _judge(asked), tuple((s.layer or 0, s.head or 0) for s in sites)
     steps = torch.tensor(list(itertools.product(*[torch.linspace(-span, span, grid).tolist()] * len(sites))), dtype=torch.float64)
     times = torch.tensor(list(itertools.product(*[factors] * len(sites))), dtype=torch.float64)
@@ -357,6 +361,7 @@ def channel_steering(
         receivers=receivers,
         draw_seed=seed,
         notes=(
+            *doubts(model, sites),
             *dict.fromkeys(f.note for f in found if f.note),
             *([f"the coefficient of {', '.join(flat)} is the same in all prompts"] if flat else []),
         ),
@@ -391,6 +396,14 @@ def _reached(sites: Sequence[Site], movers: Sequence[tuple[int, int]]) -> None:
             raise InputError(f"L{layer}H{head} is not later than {sites[0]}: a head reads what heads of earlier layers have written")
 
 
+def _refuse_twice(sites: Sequence[Site], where: Int[Tensor, "channel prompt"]) -> None:
+    """Refuse one component at two positions that are one token."""
+    for i, site in enumerate(sites):
+        for j, other in enumerate(sites[:i]):
+            if site.at(None) == other.at(None) and bool((same := where[i] == where[j]).any()):
+                raise InputError(f"{other} and {site} are the same token in prompt {int(same.nonzero()[0])}; a channel is set once")
+
+
 def _slots(batch: Batch) -> tuple[str, ...]:
     """The items of the list, in order."""
     found = sorted((int(m[1]), name) for name in batch.positions if (m := _ITEM.fullmatch(name)))
@@ -423,20 +436,18 @@ def _answers(prompts: Prompts, batch: Batch, names: Sequence[str]) -> Int[Tensor
 
 def _directions(model: HookedModel, sites: Sequence[Site], draws: int, seed: int) -> list[Float[Tensor, "channel d_model"]]:
     """The channels', then random ones that the same heads can write along, orthonormal within a head."""
-    bases = {s.layer: folded_heads(model, s.layer or 0).components("ov").Vh for s in sites}
+    bases = {s.layer: folded_heads(model, s.layer or 0).components("ov") for s in sites}
     found = []
     for site in sites:
-        n = bases[site.layer].shape[1]
-        if (site.rank or 0) >= n:
-            raise InputError(f"{site}: heads of {model.name} have {n} components, 0 to {n - 1}")
-    found.append(torch.stack([bases[s.layer][s.head or 0, s.rank or 0] for s in sites]))
+        check_component(model, site, bases[site.layer].S[site.head or 0])
+    found.append(torch.stack([bases[s.layer].Vh[s.head or 0, s.rank or 0] for s in sites]))
     for d in range(draws):
         mine: dict[tuple[int | None, int | None], list[Tensor]] = {}
         for s in sites:
             key = (s.layer, s.head)
             if key not in mine:
                 many = sum((o.layer, o.head) == key for o in sites)
-                mine[key] = list(random_directions(bases[s.layer][s.head or 0], many, generator("channel_steering", seed, *key, d)))
+                mine[key] = list(random_directions(bases[s.layer].Vh[s.head or 0], many, generator("channel_steering", seed, *key, d)))
         found.append(torch.stack([mine[s.layer, s.head].pop() for s in sites]))
     return found
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 _CHANGE = "tuned - base"
 _DRAWN = 16  # channels in the network
+_WIDE = 12  # characters on an edge of it
 _SAID = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -53,10 +54,10 @@ class CompositionResult(Result):
         match_cosine: of the two, signs aside.
         kind: ``q``, ``k`` or ``v``.
         dims: dimensions of the stream that heads can tell apart.
-        model: (n_layers, n_heads) of the model.
+        model: (n_layers, n_heads, n_kv_heads) of the model.
         draw_seed: of the random turns.
         notes: what the scores leave out.
-        labels: of ``side``, ``sender`` and ``receiver``.
+        labels: of ``side``, ``sender`` and ``receiver``: heads, as those that write and attend (query heads).
     """
 
     score: Float[Tensor, "side sender receiver"]
@@ -71,7 +72,7 @@ class CompositionResult(Result):
     match_cosine: Float[Tensor, "sender rank"] | None
     kind: str
     dims: int
-    model: tuple[int, int]
+    model: tuple[int, int, int]
     draw_seed: int
     notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
@@ -204,7 +205,19 @@ class CompositionResult(Result):
         return head if rank is None else f"{head}.{rank}" + (f"-{rank + size - 1}" if size > 1 else "")
 
     def _channel(self, sender: str, receiver: int) -> str:
-        return f"{sender} -> {self.labels['receiver'][receiver]}.{self.kind}"
+        head, site = self.labels["receiver"][receiver], self._reader(receiver)
+        return f"{sender} -> {site}" + (f" for {head}" if self._shared else "")
+
+    @property
+    def _shared(self) -> bool:
+        """Several heads have the keys and values of one."""
+        return self.kind != "q" and self.model[1] != self.model[2]
+
+    def _reader(self, receiver: int) -> Site:
+        """What reads the stream: queries of the head, or keys or values of the key/value head that it shares, which are numbered apart."""
+        head = Site.parse(f"{self.labels['receiver'][receiver]}.z")
+        number = (head.head or 0) // (self.model[1] // self.model[2]) if self._shared else head.head
+        return Site(self.kind, head.layer, number)
 
     def changes(self, n: int = 10) -> pd.DataFrame:
         """The channels whose score changed most from base to tuned, with z on both sides and the cosine of what both write.
@@ -266,11 +279,8 @@ class CompositionResult(Result):
         return torch.where(best < 0, torch.nan, best), which
 
     def summary(self) -> str:
-        """The strongest channel of each model beside chance, and how many stand out; of a pair also the largest change."""
-        said = [self._told(side) for side in self.sides]
-        text = "; ".join(f"{side}: {told}" for side, told in zip(self.sides, said, strict=True)) if len(said) > 1 else said[0]
-        if len(self.sides) == 2:
-            text = f"{self._told_change()}; {text}"
+        """The strongest channel beside chance, and how many stand out; of a pair the largest change, and how many stood and stand out."""
+        text = self._told_change() if len(self.sides) == 2 else self._told(self.sides[0])
         return f"{text}. {_first(' and '.join(self.notes))}." if self.notes else f"{text}."
 
     def _told(self, side: str) -> str:
@@ -281,20 +291,29 @@ class CompositionResult(Result):
         row, i = rows.iloc[0], self._side(side)
         told = f"{what} is strongest in {row.channel}, score {row.score:.3g}, {row.z:.3g} standard deviations above random directions"
         told += f" ({self.expected:.3g} expected"
+        several = math.isnan(row.p)
         if self.component is None:
             return f"{told}, p = {row.p:.2g}, {int((~self.score[i].isnan()).sum())} pairs of heads)"
+        p = "components of one strength together, which have no p" if several else f"p = {row.p_adjusted:.2g} corrected for all channels"
+        told += f", {p}; number {row.place} of {row.of} components of earlier heads)"
+        return f"{told}; {self._clear(i)} channels are above chance, corrected for all of them"
+
+    def _clear(self, i: int) -> str:
+        """Of how many single components the score is above chance."""
         assert self.critical is not None
-        clear, all_ = self._components()[i] > self.critical[i], ~self._components()[i].isnan()
-        told += f"; number {row.place} of {row.of} components of earlier heads)"
-        return f"{told}; {int(clear.sum())} of {int(all_.sum())} channels are above chance, corrected for all of them"
+        return f"{int((self._components()[i] > self.critical[i]).sum())} of {int((~self._components()[i].isnan()).sum())}"
 
     def _told_change(self) -> str:
         rows = self.changes(1)
         if rows.empty or not rows.effect[0]:
             return "no score changed from base to tuned"
         row = rows.iloc[0]
-        alike = f", writing with the cosine {row.cosine:.2g}" if self.component is not None else ""
-        return f"{row.effect:+.3g} is the largest change of a score, {row.channel} from {row.base:.3g} to {row.tuned:.3g}{alike}"
+        told = f"{row.effect:+.3g} is the largest change of a score, {row.channel} from {row.base:.3g} to {row.tuned:.3g}"
+        if self.component is None:
+            return f"{told} ({self.expected:.3g} expected of random directions)"
+        told += f" (what is written has the cosine {row.cosine:.2g}; {self.expected:.3g} expected of random directions)"
+        counts = " and ".join(f"{self._clear(i)} channels in {side}" for i, side in enumerate(self.sides))
+        return f"{told}; above chance are {counts}"
 
     def plot(self) -> go.Figure:
         """The network of the strongest channels."""
@@ -310,21 +329,25 @@ class CompositionResult(Result):
         Raises:
             InputError: no such model.
         """
-        layers, heads = self.model
         scores: dict[Site | Edge, float] = {}
-        labels: dict[Edge, str] = {}
+        parts: dict[Edge, list[str]] = {}
+        ends: dict[Site, None] = {}
         for row in self.top(n, side=side).to_dict("records"):
-            sender, receiver = row["channel"].split(" -> ")
+            sender, _, receiver = row["channel"].partition(" -> ")
             head, _, component = sender.partition(".")
-            edge = Edge.parse(f"{head}.z -> {receiver}")
+            reader, _, reading = receiver.partition(" for ")
+            edge = Edge.parse(f"{head}.z -> {reader}")
             scores[edge] = max(scores.get(edge, 0.0), row["score"])
-            labels[edge] = ", ".join(part for part in (labels.get(edge, ""), component) if part)
+            parts.setdefault(edge, []).append(component)
+            ends |= dict.fromkeys(Site.parse(f"{name}.z") for name in (head, reading or reader.partition(".")[0]))
         edges = [part for part in scores if isinstance(part, Edge)]
-        ends = {Site("z", s.layer, s.head) for edge in edges for s in (edge.sender, edge.receiver)}
+        # A few characters stand on an edge; there may be more components than that.
+        told = {edge: ", ".join(dict.fromkeys(p for p in some if p)) for edge, some in parts.items()}
+        labels = {edge: text if len(text) <= _WIDE else f"{text[:_WIDE].rpartition(',')[0]}, ..." for edge, text in told.items() if text}
+        numbers = "" if self.component is None else " (numbers: components of the sender)"
         of = f", {self.sides[self._side(side)]}" if len(self.sides) > 1 else ""
-        title = f"Strongest channels by {_SAID[self.kind]} composition{of} (numbers: components of the sender)"
-        # As if no heads shared keys and values: a receiver is here the key or value of one query head.
-        return plots.layered_graph(Circuit((layers, heads, heads), tuple(ends), tuple(edges), scores=scores), title, labels)
+        title = f"Strongest channels by {_SAID[self.kind]} composition{of}{numbers}"
+        return plots.layered_graph(Circuit(self.model, tuple(ends), tuple(edges), scores=scores), title, labels)
 
     def figures(self) -> dict[str, go.Figure]:
         """Networks of the strongest channels, and scores of every sender in every receiver; of a pair also the change."""
@@ -384,7 +407,7 @@ def _largest(values: Tensor, n: int) -> list[tuple[int, ...]]:
     return [tuple(int(i) for i in cell) for cell in zip(*torch.unravel_index(order, values.shape), strict=True)]
 
 
-@analysis(version=1)
+@analysis(version=2)
 def composition(
     model: HookedModel | ModelPair,
     *,
@@ -400,8 +423,12 @@ def composition(
     The score of a sender X = OV and a receiver Y in a later layer is ``|X Y|_F / (|X|_F |Y|_F)``: Y is QK for what becomes its queries,
     QK^T for its keys, OV for its values (Elhage et al. 2021). Component i of the sender, which writes along the unit vector v_i, has
     ``|v_i Y| / |Y|_F``: one narrow channel among many components is diluted in the score of the whole (Merullo, Eickhoff & Pavlick 2024,
-    arXiv 2406.09519, "Talking Heads"). Norm gains are folded in, and what norms that subtract the mean take away is left out. Key/value
-    heads count for each of the query heads that share them. Biases and what MLPs do in between are outside.
+    arXiv 2406.09519, "Talking Heads"). Norm gains are folded in, and what norms that subtract the mean take away is left out. Biases and
+    what MLPs do in between are outside.
+
+    Heads are query heads, as everywhere: each has a score of its own, from its own QK or OV. Where several share keys and values, the
+    channel is named by what reads the stream, ``L1H5.0 -> L3H0.v for L3H2``: the values of key/value head 0 of layer 3, as the receivers
+    of ``channel_edit`` count them, judged by what query head 2 makes of them. A change for that receiver is read by all of its group.
 
     Chance is that of directions turned at random against the same receiver: z from exact moments, p of components computed, p of whole
     matrices from draws. Trained heads share directions for many reasons, so the place among all components of earlier heads says
@@ -414,7 +441,7 @@ def composition(
         kind: what the receiver makes of what it reads: ``q`` queries, ``k`` keys, ``v`` values.
         level: ``component`` for whole matrices and every component of the senders, ``head`` for whole matrices only.
         senders: only these heads, ``L1H2,L2H0``; by default all that have a later layer.
-        receivers: only these heads; by default all that have an earlier layer.
+        receivers: only these heads (query heads, for keys and values too); by default all that have an earlier layer.
         draws: random turns for p of whole matrices.
         seed: of the turns.
 
@@ -426,8 +453,8 @@ def composition(
         raise unknown("kind of composition", kind, _SAID)
     if level not in ("head", "component"):
         raise InputError(f"level is 'head' or 'component', not {level!r}")
-    if draws < 1:
-        raise InputError(f"draws must be at least 1, but it is {draws}")
+    if type(draws) is not int or draws < 1:
+        raise InputError(f"draws is a whole number, at least 1, but it is {draws!r}")
     sides = tuple(model.sides())
     sending, reading = ends(model.shape, senders, receivers)
     found = [composed(m, kind, sending, reading, draws=draws, seed=seed) for _, m in sides]
@@ -448,7 +475,7 @@ def composition(
         match_cosine=match[1],
         kind=kind,
         dims=dims,
-        model=(model.shape.n_layers, model.shape.n_heads),
+        model=(model.shape.n_layers, model.shape.n_heads, model.shape.n_kv_heads),
         draw_seed=seed,
         notes=tuple(dict.fromkeys(note for notes in told for note in notes)),
         labels={"side": tuple(side for side, _ in sides), "sender": _labels(sending), "receiver": _labels(reading)},

@@ -29,6 +29,7 @@ from interp.models.intruders import (
     compared_heads,
     head_factors,
     intruders,
+    narrow,
     scaled_components,
 )
 from interp.results import Result, analysis
@@ -72,6 +73,7 @@ class IntruderDimensionsResult(Result):
         threshold: on ``cosine``.
         side: which side has to be under it.
         window: as it was set.
+        notes: what a reader should know.
         labels: of the axes ``module``, ``side``, ``circuit``.
     """
 
@@ -98,6 +100,7 @@ class IntruderDimensionsResult(Result):
     threshold: float
     side: str
     window: int | None
+    notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
 
     # ---- what is an intruder
@@ -188,7 +191,7 @@ class IntruderDimensionsResult(Result):
             f"{n} intruder dimension{'s' * (n != 1)}{drawn} among the {self.k} strongest singular vectors of each of {self.count.numel()} "
             f"matrices (|cos| < {self.threshold:g} with all of base's on {on}){self._where()}; the largest singular value of what tuning "
             f"added is {float(self.ratio.median()):.2g} of base's number {self.k} in the median matrix, at most "
-            f"{float(self.ratio.max()):.2g}; {'; '.join(heads)}"
+            f"{float(self.ratio.max()):.2g}; {'; '.join([*heads, *self.notes])}"
         )
 
     def _where(self) -> str:
@@ -341,7 +344,7 @@ class IntruderDimensionsResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def intruder_dimensions(
     pair: ModelPair,
     *,
@@ -434,6 +437,7 @@ def intruder_dimensions(
         threshold=float(threshold),
         side=side,
         window=window,
+        notes=narrow(pair),
         labels={"module": modules, "side": SIDES, "circuit": CIRCUITS},
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from interp import plots
 from interp.edits import Edit
 from interp.errors import InputError
-from interp.models.intruders import Compared, Settings, Side, block_changes, check, compared, intruders, normal, scaled_components
+from interp.models.intruders import Compared, Settings, Side, block_changes, check, compared, intruders, narrow, normal, scaled_components
 from interp.progress import progress
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
@@ -52,6 +52,7 @@ class IntruderScalingResult(Result):
         task: name of the prompts.
         among: candidates for the answer.
         draw_seed: of the controls and of resampling.
+        notes: what a reader should know.
         labels: of the axis ``condition``: the intruders, as many ``others`` among the k strongest, and as many ``random`` directions of the
             same singular values, which are added to the weights instead.
     """
@@ -68,6 +69,7 @@ class IntruderScalingResult(Result):
     task: str
     among: str
     draw_seed: int
+    notes: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
 
     @property
@@ -116,7 +118,7 @@ class IntruderScalingResult(Result):
             f"{told[0]} when the {count} intruder dimension{'s' * (count != 1)} of tuned {'are' if count != 1 else 'is'} made "
             f"{self.factors[at]:g} times as strong (answers of {self.task}, n = {n}: {_share(self.tuned_margin)} in tuned, "
             f"{_share(self.base_margin)} in base; loss on {texts} texts: {float(self.tuned_loss.mean()):.3f} in tuned, "
-            f"{float(self.base_loss.mean()):.3f} in base); {'; '.join(told[1:])}"
+            f"{float(self.base_loss.mean()):.3f} in base){''.join(f'; {x}' for x in (*told[1:], *self.notes))}"
         )
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
@@ -202,21 +204,21 @@ class IntruderScalingResult(Result):
             if not found:
                 continue
             values = torch.stack([torch.stack([e.value for e in row]) for row in found]) * unit
-            name = {
-                "intruders": "intruders",
-                "others": "as many others, mean and extent",
-                "random": "as much random change, mean and extent",
-            }[kind]
+            name = {"intruders": "intruders", "others": "as many others", "random": "as much random change"}[kind]
+            name += ", mean and extent" * (len(found) > 1)
             series[name] = values.mean(0)
             one = found[0]
             ends = [torch.stack([getattr(e, end) for e in one]) * unit for end in ("low", "high")]
-            bands[name] = (ends[0], ends[1]) if kind == "intruders" else (values.amin(0), values.amax(0))
+            if kind == "intruders":
+                bands[name] = (ends[0], ends[1])
+            elif len(found) > 1:
+                bands[name] = (values.amin(0), values.amax(0))
         xlabel = "strength of the components; 1 is tuned as it is, 0 without them"
         x = [self.factors[i] for i in order]
         return plots.lines(series, x, bands=bands, title=title, xlabel=xlabel, ylabel=f"{ylabel}, 95 % interval")
 
 
-@analysis(version=1)
+@analysis(version=2)
 def intruder_scaling(
     pair: ModelPair,
     prompts: Prompts | PromptPairs,
@@ -301,6 +303,7 @@ def intruder_scaling(
         task=asked.task or "the prompts",
         among=among,
         draw_seed=seed,
+        notes=narrow(pair),
         labels={"condition": tuple(conditions)},
     )
 

@@ -59,6 +59,10 @@ def _known(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     args, extra = parser.parse_known_args(words)
     if extra:
         given, flags = extra[0].split("=")[0], list(dict.fromkeys(re.findall(r"--[\w-]+", parser.format_help())))
+        if given == "--model" and "--base" in flags:
+            raise InputError(f"{parser.prog} compares two models: it takes --base and --tuned, not --model")
+        if given in ("--base", "--tuned") and "--model" in flags:
+            raise InputError(f"{parser.prog} takes one model: give --model, not {given}")
         near = [flag for flag in flags if len(given) > 2 and flag.endswith(given[1:])] or get_close_matches(given, flags, n=1)
         raise InputError(f"{parser.prog} does not take {extra[0]!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
     return args

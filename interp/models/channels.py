@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from interp.edits import ActivationChange, Change, ChannelChange, Edit, WeightChange, When
 from interp.errors import InputError
-from interp.models.heads import component
+from interp.models.composition import spans
+from interp.models.heads import component, folded_heads, upcast
 from interp.sites import Site
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def channel_edit(
     In activations the head's contribution gains ``(c* - c) v``, with ``c*`` the value given, ``scale`` times c, or 0: for all readers, or
     for the receivers named alone, which read a changed copy of the stream through their own norm. In weights ``W_O`` becomes
     ``W_O (I + (g - 1) v v^T)``, which multiplies the component's singular value by g and leaves the others, at every position.
-    Deleting in weights is deleting in activations at all positions.
+    Deleting in weights is deleting in activations at all positions. Where singular values are nearly equal, or weights are stored in
+    less than float32, a warning says so.
 
     Args:
         model: whose components they are; an edit of weights is made of its ``W_O`` too, with the edits now in force.
@@ -55,7 +58,8 @@ def channel_edit(
         delete: the same as ``scale=0``.
         where: ``activations`` or ``weights``.
         at: the position, for channels that name none; None is every position.
-        receivers: ``L9H6.q, L9H9.q``: who reads the change; None is everybody behind the head.
+        receivers: ``L9H6.q, L9H9.q``: who reads the change; None is everybody behind the head. ``k`` and ``v`` count key/value heads, as
+            activations do and as ``composition`` names them (``L9H1.v for L9H6`` is ``L9H1.v``), and all heads of the group read it.
         when: during generation: positions of the prompt, new tokens, or both.
         name: of the edit.
 
@@ -65,9 +69,12 @@ def channel_edit(
     """
     gain, value = _wanted(to, scale, delete)
     sites = named(model, channels, at)
+    _refuse_twice(sites, gain, receivers)
     if where not in get_args(Where):
         raise InputError(f"where={where!r} is not one of {', '.join(get_args(Where))}")
     vectors = {site: component(model, site.at(None))[2] for site in sites}
+    for doubt in doubts(model, sites):
+        warnings.warn(doubt, stacklevel=2)
     what = "deleted" if not gain and not value else f"times {gain:g}" if to is None else f"set to {value:g}"
     title = name or f"{', '.join(map(str, sites))} {what}"
     if where == "weights":
@@ -98,6 +105,30 @@ def named(model: Editing, channels: str | Site | Sequence[str | Site], at: str |
     if not sites:
         raise InputError("no channels were given; write L8H10.1, L7H3.0")
     return sites
+
+
+def doubts(model: HookedModel, sites: Sequence[Site]) -> tuple[str, ...]:
+    """What a reader should know of components: those that are no single directions, with their span, and weights of low precision."""
+    found: dict[str, None] = {}
+    strength = {layer: folded_heads(model, layer).components("ov").S for layer in {site.layer or 0 for site in sites}}
+    for site in sites:
+        layer, head = site.layer or 0, site.head or 0
+        begins = spans(strength[layer][head])
+        span = (begins == begins[site.rank or 0]).nonzero().flatten().tolist()
+        asked = {s.rank for s in sites if (s.layer, s.head, s.position) == (site.layer, site.head, site.position)}
+        if len(span) > 1 and not asked.issuperset(span):
+            ends = f"components {span[0]} to {span[-1]} of L{layer}H{head} have nearly equal singular values"
+            found[f"{ends}: their span is identified, the direction of {site.at(None)} in it is not"] = None
+    return (*found, *upcast(model))
+
+
+def _refuse_twice(sites: Sequence[Site], gain: float, receivers: object) -> None:
+    """One component at two positions that may be one token would be multiplied there twice; deleting and setting it twice is the same."""
+    if receivers is not None or not gain:
+        return
+    for i, site in enumerate(sites):
+        if others := [s for s in sites[:i] if s.at(None) == site.at(None)]:
+            raise InputError(f"{others[0]} and {site} may be the same token, whose channel would be multiplied twice; name one position")
 
 
 def _listed(texts: str | Site | Sequence[str | Site]) -> list[str | Site]:

@@ -28,7 +28,8 @@ class FoldedHeads:
 
     The gain of the norm in front of attention is multiplied into ``W_Q``, ``W_K`` and ``W_V``, its bias into their biases. Where norms
     subtract the mean, what no reader can see is taken away: the readers' component along the all-ones direction, and ``W_O``'s.
-    Everything else is as the model computes it. Under grouped-query attention heads share ``W_K`` and ``W_V``.
+    Everything else is as the model computes it. Under grouped-query attention heads share ``W_K`` and ``W_V``. ``gain`` is what was
+    multiplied in, 1 everywhere where there is none.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class FoldedHeads:
     b_Q: Float[Tensor, "head d_head"]
     b_K: Float[Tensor, "kv_head d_head"]
     b_V: Float[Tensor, "kv_head d_head"]
+    gain: Float[Tensor, " d_model"]
 
     def kv(self, head: int) -> int:
         """The key/value head that a query head reads."""
@@ -107,7 +109,8 @@ def folded_heads(model: HookedModel, layer: int, dtype: torch.dtype = torch.floa
     assert out is not None
     if centred:
         out = out - out.mean(1, keepdim=True)
-    return FoldedHeads(layer, W_O=weights.heads(Site("W_O", layer), out, shape), **folded)
+    gain = torch.ones(shape.d_model, dtype=dtype) if gain is None else gain
+    return FoldedHeads(layer, W_O=weights.heads(Site("W_O", layer), out, shape), **folded, gain=gain)
 
 
 def folded_vocabulary(model: HookedModel, dtype: torch.dtype = torch.float32) -> tuple[Float[Tensor, "vocab d_model"], Tensor]:
@@ -130,15 +133,19 @@ def outside(model: HookedModel, circuit: HeadCircuit = "ov") -> tuple[str, ...]:
     """What of this model's heads no product of two matrices holds, as sentences for the reader."""
     names = [weights.bare(name) for name in model.weights().names()]
     notes = []
-    if any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in names):
+    if circuit == "qk" and any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in names):
         notes.append("queries and keys are normed, so QK is what they are before it")
     if circuit == "qk" and weights.key_of("W_pos", model.shape) is None:
         notes.append("positions enter between queries and keys, and QK is that of distance 0")
     if any("post_feedforward_layernorm" in name for name in names):
         notes.append("a norm behind attention scales what heads write; its gain is not in OV")
-    if narrow := _narrow(model):
-        notes.append(f"weights are {narrow}; they are taken apart in float64")
-    return tuple(notes)
+    return (*notes, *upcast(model))
+
+
+def upcast(model: HookedModel, to: str = "float64") -> tuple[str, ...]:
+    """A sentence for the reader where weights are stored in a dtype narrower than float32."""
+    narrow = _narrow(model)
+    return (f"weights are {narrow}; they are taken apart in {to}",) if narrow else ()
 
 
 def _narrow(model: HookedModel) -> str:
@@ -155,13 +162,27 @@ def component(model: HookedModel, site: Site | str, circuit: HeadCircuit = "ov")
     What a head writes along it at a token is the coefficient ``(z @ W_O) @ write``.
 
     Raises:
-        InputError: no component, or one beyond the head's rank.
+        InputError: no component, one beyond the head's rank, or one without strength.
     """
     (site,) = model.sites(site)
     if site.rank is None or site.layer is None or site.head is None:
         raise InputError(f"{site} is no component of a head; write L8H10.1")
     layer, head, rank = site.layer, site.head, site.rank
     factors = folded_heads(model, layer).components(circuit)
-    if rank >= factors.S.shape[-1]:
-        raise InputError(f"{site}: heads of {model.name} have {factors.S.shape[-1]} components, 0 to {factors.S.shape[-1] - 1}")
+    check_component(model, site, factors.S[head])
     return factors.U[head, :, rank], float(factors.S[head, rank]), factors.Vh[head, rank]
+
+
+def check_component(model: HookedModel, site: Site, strength: Float[Tensor, " rank"]) -> None:
+    """Refuse a component that a head does not have.
+
+    Raises:
+        InputError: it is beyond the rank, or its strength is rounding: not even its direction means anything then.
+    """
+    rank, n = site.rank or 0, len(strength)
+    if rank >= n:
+        raise InputError(f"{site}: heads of {model.name} have {n} components, 0 to {n - 1}")
+    if not float(strength[rank]) > model.shape.d_model * torch.finfo(strength.dtype).eps * float(strength[0]):
+        there = int((strength > model.shape.d_model * torch.finfo(strength.dtype).eps * strength[0]).sum())
+        what = f"its head writes along {there} component{'s' * (there != 1)} only" if there else "all weights of its head's OV are zero"
+        raise InputError(f"{site} has no strength: {what}, so that there is no direction to change")

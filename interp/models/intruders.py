@@ -22,6 +22,7 @@ from interp.errors import InputError
 from interp.linalg import SVD
 from interp.models import weights
 from interp.models.changes import Change, changes
+from interp.models.heads import upcast
 from interp.sites import Site
 
 if TYPE_CHECKING:
@@ -138,6 +139,14 @@ def block_changes(pair: ModelPair, settings: Settings, desc: str = "intruders") 
         raise InputError(f"k is {settings.k!r}, expected 1 to {ranks[smallest]}: {smallest} of {pair.name} has that many singular vectors")
     names = frozenset(str(Site(m, layer)) for layer in range(shape.n_layers) for m in ranks)
     yield from changes(pair, desc=desc, only=names)
+
+
+def narrow(pair: ModelPair) -> tuple[str, ...]:
+    """Sentences for the reader where weights are stored in less than float32; with the side where it holds for one."""
+    told = {side: upcast(model, "float32 or float64") for side, model in pair.sides()}
+    said = [note for notes in told.values() for note in notes]
+    both = len(set(said)) == 1 and len(said) == len(told)
+    return (said[0],) if both else tuple(f"{side}: {note}" for side, notes in told.items() for note in notes)
 
 
 def compared(change: Change, settings: Settings) -> Compared:

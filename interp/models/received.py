@@ -103,6 +103,7 @@ def channel(change: ChannelChange, model: Editing, ledger: Ledger) -> Custom:
     def install(hooks: Hooks) -> None:
         part = hooks.part
         live = [i for i, s in enumerate(change.senders) if part.phase != "new" or s.position is None]
+        twins = {i: [j for j in live if j < i and _same(change, i, j)] for i in live}
         for receiver, entry in entries.items():
             _receive(hooks, model, receiver, entry)
 
@@ -112,6 +113,8 @@ def channel(change: ChannelChange, model: Editing, ledger: Ledger) -> Custom:
             step = (change.gain[i] - 1) * (x[where].to(v) @ v) + change.to[i]
             added = v.new_zeros(*x.shape[:2], len(v))
             added[where[:2]] = change.strength * step[..., None] * v
+            for j in twins[i]:  # two positions may be one token, where the change is made once
+                added[locate(change.senders[j], part, x)[:2]] = 0
             for receiver in entries:
                 copies = _COPIES[hooks][receiver.layer or 0]
                 copies.added[receiver] = copies.added[receiver] + added if receiver in copies.added else added
@@ -120,6 +123,11 @@ def channel(change: ChannelChange, model: Editing, ledger: Ledger) -> Custom:
             hooks.on("result", change.senders[i].layer, lambda x, i=i: send(x, i))
 
     return Custom(change.at, install)
+
+
+def _same(change: ChannelChange, i: int, j: int) -> bool:
+    """Two senders that are one direction of one head, perhaps at one token."""
+    return change.senders[i].at(None) == change.senders[j].at(None) and torch.equal(change.directions[i], change.directions[j])
 
 
 def _receive(hooks: Hooks, model: Editing, receiver: Site, entry: Entry) -> None:

@@ -16,6 +16,9 @@ from interp.models.heads import FoldedHeads, HeadCircuit
 LIVE = 1e-6
 """A component is there when its strength is more than this share of the strongest one's; float32 rounding of weights makes smaller ones."""
 
+MATCHED = 8
+"""So many of the random changes have their components matched too, which is dear; only the mean of their cosines is told."""
+
 
 def live(strength: Float[Tensor, "head rank"]) -> Int[Tensor, " head"]:
     """How many components each head has; 0 for a head whose matrix is zero."""
@@ -90,17 +93,20 @@ _FACTORS = {"ov": ("W_V", "W_O"), "qk": ("W_Q", "W_K")}
 
 
 def shaken(before: FoldedHeads, after: FoldedHeads, circuit: HeadCircuit, *, centred: bool, seed: int, draw: int) -> FoldedHeads:
-    """``before`` with a random change of both factors in place of that to ``after``: Gaussian, of the same norm in each head's factor.
+    """``before`` with a random change of both factors in place of that to ``after``, of the same norm in each head's factor.
 
-    A key/value head's change is that of all heads that share it. Where norms subtract the mean, the random change has none either.
+    The change is Gaussian in the weights as checkpoints have them, and is then folded as these are: the norm's gain stretches it, and
+    where norms subtract the mean it has none. A key/value head's change is that of all heads that share it.
     """
     factors = {}
     for name in _FACTORS[circuit]:
         old, new = getattr(before, name), getattr(after, name)
         noise = torch.randn(old.shape, generator=_stream(seed, draw, before.layer, name), dtype=torch.float64).to(old)
+        if name != "W_O":
+            noise *= before.gain[:, None]
         if centred:
             noise -= noise.mean(2 if name == "W_O" else 1, keepdim=True)
-        size = torch.linalg.vector_norm(new - old, dim=(1, 2), keepdim=True) / torch.linalg.vector_norm(noise, dim=(1, 2), keepdim=True)
+        size = share(*(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (new - old, noise)))
         factors[name] = old + size * noise
     return replace(before, **factors)
 
@@ -138,10 +144,17 @@ def comparison(
     Returns:
         ``change``: ||after - before|| / ||before|| [head]; the fields of ``Turned``, with the angles as ``read_angles`` and
         ``write_angles`` and the cosine as ``match_cosine``; of the random changes ``noise_read_turn``, ``noise_write_turn`` and
-        ``noise_spectral_change`` [draw head] and ``noise_match_cosine`` [draw head component].
+        ``noise_spectral_change`` [draw head] and, of the first ``MATCHED``, ``noise_match_cosine`` [draw head component].
     """
-    noisy = [shaken(before, after, circuit, centred=centred, seed=seed, draw=i).components(circuit) for i in range(draws)]
-    ours, noise = turned(old, new, rank), [turned(old, x, rank) for x in noisy]
+    ours, fits = turned(old, new, rank), []
+    reading, writing, strengths = [], [], []
+    for i in range(draws):
+        noisy = shaken(before, after, circuit, centred=centred, seed=seed, draw=i).components(circuit)
+        reading.append(_outside(old.U, noisy.U, old.S, noisy.S, rank))
+        writing.append(_outside(old.Vh.mT, noisy.Vh.mT, old.S, noisy.S, rank))
+        strengths.append(spectral_change(old.S, noisy.S))
+        if i < MATCHED:
+            fits.append(_matched(old, noisy, rank)[1])
     return {
         "change": share(linalg.product_change(*before.factors(circuit), *after.factors(circuit)), old.S.norm(dim=-1)),
         "read_angles": ours.read,
@@ -150,10 +163,10 @@ def comparison(
         "write_turn": ours.write_turn,
         "matched": ours.matched,
         "match_cosine": ours.cosine,
-        "noise_read_turn": torch.stack([x.read_turn for x in noise]),
-        "noise_write_turn": torch.stack([x.write_turn for x in noise]),
-        "noise_match_cosine": torch.stack([x.cosine for x in noise]),
-        "noise_spectral_change": torch.stack([spectral_change(old.S, x.S) for x in noisy]),
+        "noise_read_turn": torch.stack(reading),
+        "noise_write_turn": torch.stack(writing),
+        "noise_match_cosine": torch.stack(fits),
+        "noise_spectral_change": torch.stack(strengths),
     }
 
 
@@ -170,7 +183,7 @@ def share(part: Tensor, whole: Tensor) -> Tensor:
 def random_components(like: FoldedHeads, circuit: HeadCircuit, *, centred: bool, seed: int, draw: int) -> SVD:
     """The components of a head of the same sizes whose factors are Gaussian noise; axis 0 has one entry."""
     names = _FACTORS[circuit]
-    zero = replace(like, **{name: torch.zeros_like(getattr(like, name)) for name in names})
+    zero = replace(like, gain=torch.ones_like(like.gain), **{name: torch.zeros_like(getattr(like, name)) for name in names})
     ones = replace(like, **{name: torch.ones_like(getattr(like, name)) for name in names})
     left, right = shaken(zero, ones, circuit, centred=centred, seed=seed, draw=draw).factors(circuit)
     return linalg.svd_of_products(left[:1], right[:1])

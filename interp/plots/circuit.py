@@ -23,6 +23,7 @@ _PAINTS = {"q": "#0072B2", "k": "#CC79A7", "v": "#009E73", "resid_mid": "#E69F00
 _STEPS = (0.25, 0.5, 0.75, 1.0)  # edges are drawn in so many widths
 _WIDTH = 900  # pixels that a figure usually has for its plot
 _ROW, _MARKER, _SMALLEST = 66, 36, 32  # pixels of a row of nodes, of a node, and of one that still has room for its name
+_LABEL = 40  # pixels from the middle of a label to what it should not cover
 _GAP = 0.7  # between the columns of two positions, in nodes
 
 
@@ -75,9 +76,10 @@ def layered_graph(circuit: Circuit, title: str = "", labels: Mapping[Edge, str] 
     made.update_layout(showlegend=True, legend=dict(orientation="v", x=1.01, y=1, yanchor="top"), hovermode="closest")
     for (_, left), (right, _) in itertools.pairwise(layout.columns.values()):
         made.add_vline(x=(left + right) / 2, line=dict(color=LINE, width=1, dash="dot"), layer="below")
-    for i, (edge, *ends) in enumerate(arrow for arrow in arrows if arrow[0] in (labels or {})):
-        # Not all half way, where neighbours would cover each other.
-        x, y = _way(layout, edge.receiver.component, *ends)[_HALF + (-4, 0, 4)[i % 3]]
+    taken = list(layout.at.values())
+    for edge, *ends in (arrow for arrow in arrows if arrow[0] in (labels or {})):
+        x, y = _freest(layout, _way(layout, edge.receiver.component, *ends), taken)
+        taken.append((x, y))
         look = dict(showarrow=False, font=dict(size=10), bgcolor=faint(PAPER, 0.85), borderpad=1)
         made.add_annotation(x=x, y=y, text=escape((labels or {})[edge]), **look)
     return made
@@ -274,6 +276,16 @@ def _way(layout: _Layout, kind: str, sender: Site, reader: Site) -> list[Point]:
         if not any(_meets(layout, start, end, bend, other) for other in others):
             return _curve(start, end, bend)
     return _curve(start, end, _BENDS[1])
+
+
+def _freest(layout: _Layout, way: Sequence[Point], taken: Sequence[Point]) -> Point:
+    """Where on its way a label is furthest from nodes and other labels, or half way where that is far enough."""
+    across, up = layout.pixels / (2 if layout.tall > 1 else 1), _ROW * layout.tall
+
+    def room(point: Point) -> float:
+        return min(min(math.hypot((point[0] - x) * across, (point[1] - y) * up) for x, y in taken), _LABEL)
+
+    return max((way[_HALF + i] for i in (0, -2, 2, -4, 4, -6, 6)), key=room)
 
 
 def _meets(layout: _Layout, start: Point, end: Point, bend: float, node: Point) -> bool:
