@@ -353,7 +353,8 @@ def test_the_command_of_a_step_gives_the_result_the_plan_would(cli, pair, small,
     from interp.inputs import Session
 
     assert cli(*pair, "--prompts", pairs_file, "--only=activation_patching,token_divergence", "--out=o")[0] == 0
-    for row, n in ((PLAN[2], 4), (PLAN[4], 2)):
+    rows = {row.analysis: row for row in PLAN}
+    for row, n in ((rows["token_divergence"], 4), (rows["activation_patching"], 2)):
         step = Step(row, str(pair[0]), str(pair[1]), str(pairs_file), n)
         words = step.command(Session()).split()[1:]
         assert main([*words, "--out=alone"]) == 0
@@ -456,7 +457,8 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
     assert child.wait() == -signal.SIGKILL
     child.stderr.close()
     whole = store.saved(results)
-    assert {p.parent.name for p in whole} == {"pair_check", "weight_delta", "token_divergence"}
+    first = {"pair_check", "weight_delta", "head_svd", "composition", "intruder_dimensions", "token_divergence"}
+    assert {p.parent.name for p in whole} == first
     stamps = {p: (p / "result.json").stat().st_mtime_ns for p in whole}
     for folder in whole:
         assert store.load(folder).summary()
@@ -464,7 +466,7 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
 
     monkeypatch.setattr(COMPARE, "PLAN", tuple(rows))
     code, out, _ = cli(*words)
-    assert code == 0 and out.count("(already there)") == 3 and (tmp_path / "o/report.html").exists()
+    assert code == 0 and out.count("(already there)") == len(first) and (tmp_path / "o/report.html").exists()
     assert {p: (p / "result.json").stat().st_mtime_ns for p in whole} == stamps
     more = {"task_accuracy", "tuco", "tuco_detection"}
-    assert {p.parent.name for p in store.saved(results)} == {"pair_check", "weight_delta", "token_divergence", *more}
+    assert {p.parent.name for p in store.saved(results)} == {*first, *more}
