@@ -199,8 +199,8 @@ class DeltaCurvatureResult(Result):
         return (
             f"{linalg.ratio(told, random):.3g} times the curvature of a random change of the same norm: tuning's change is predicted to "
             f"cost {told:.3g} nats per position in second order (random: {random:.3g} +- {spread:.2g}; rounding {floor:.1g}){measured}; "
-            f"{band:.1%} of its squared norm is in the {self.labels['band'][0]}, where {base:.1%} of base's and {chance:.1%} of a random "
-            f"change's is ({noise})"
+            f"{band:.1%} of its squared norm is in the {self.labels['band'][0]} of the curvature, where {base:.1%} of base's and "
+            f"{chance:.1%} of a random change's is ({noise})"
         )
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -262,7 +262,7 @@ class DeltaCurvatureResult(Result):
                 "random change": self.total(self.chance, self.change),
             },
             title="Squared norm by share of the curvature, all matrices",
-            xlabel="pairs of directions",
+            xlabel="pairs of directions, by the share of the curvature that they hold",
             ylabel="share of the squared norm",
         )
         made["Predicted loss"] = self._heatmap(
