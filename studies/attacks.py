@@ -13,10 +13,9 @@ from torch import Tensor
 
 import interp
 from interp.models import Batch, HookedModel, ModelPair
-from interp.prompts import Prompts
+from interp.prompts import Prompts, clean_prompts
 from interp.prompts.chat import chat
 from interp.prompts.transforms import TRANSFORMS, many_shot, many_turns, transformed
-from interp.tasks.scoring import clean
 from interp.tasks.words import CITIES
 
 ASKED = "refusals(people=new, wordings=seen)"
@@ -98,7 +97,7 @@ def search(model: HookedModel, prompts: Prompts, seed: int, *, steps: int, candi
 
 def questions(model: Any, task: str, n: int, seed: int) -> Prompts:
     """``n`` different questions of a task."""
-    asked = clean(interp.task(task).generate(model, 10 * n, seed))
+    asked = clean_prompts(interp.task(task).generate(model, 10 * n, seed))
     rows = [asked.texts.index(text) for text in dict.fromkeys(asked.texts)][:n]
     if len(rows) < n:
         raise interp.InputError(f"{task} has only {len(rows)} different questions, and n is {n}")

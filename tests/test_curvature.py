@@ -296,6 +296,20 @@ def test_what_an_edit_refuses(tmp_path, unchecked) -> None:
 # ---- expectations of random changes
 
 
+def test_an_edit_refuses_weights_that_two_blocks_share(tmp_path) -> None:
+    """Factors made by hand, or before the weights were tied: the edit of one layer would change the other, too."""
+    hf = tiny("llama")
+    hf.model.layers[1].mlp.up_proj.weight = hf.model.layers[0].mlp.up_proj.weight
+    model = HookedModel.load(hf)
+    factors = written(model, tmp_path / "f")
+    for layer in (0, 1):
+        with pytest.raises(InputError, match="^L0.W_in and L1.W_in of .* are one tensor"):
+            curvature_edit(model, factors, layers=layer, modules="W_in", mass=0.5)
+    edit = curvature_edit(model, factors, layers=(0, 2), modules=("W_gate", "W_out"), mass=0.5)
+    with model.edited(edit):
+        assert torch.equal(model.weight("L1.W_gate"), hf.model.layers[1].mlp.gate_proj.weight.T)
+
+
 def test_random_changes_are_as_expected() -> None:
     e = basis(5, 7)
     d = torch.randn(40000, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -249,6 +249,19 @@ def test_loss_and_kl_beside_the_plain_model() -> None:
         loss_and_kl(model, model.batch([[1, 2], [3]]), [None])
 
 
+def test_weights_that_two_blocks_share_are_refused(tmp_path) -> None:
+    """Each change would be made in both places, and measured there."""
+    hf = tiny("llama")
+    hf.model.layers[1].mlp.up_proj.weight = hf.model.layers[0].mlp.up_proj.weight
+    pair = ModelPair.load(hf, tiny("llama", seed=2))
+    factors = written(pair.base, tmp_path / "f")
+    for texts in (None, drawn_prompts(3, 0)):
+        with pytest.raises(InputError, match="^L0.W_in and L1.W_in of .* are one tensor"):
+            delta_curvature(pair, factors, texts)
+    some = written(pair.base, tmp_path / "g", {Site("W_gate", 0)})
+    assert delta_curvature(pair, some).names == ("L0.W_gate",)
+
+
 def test_what_it_refuses(tmp_path, unchecked) -> None:
     source = tiny("gpt2")
     pair = pair_of(source, {"L0.W_in": torch.ones(24, 40)})

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from interp.edits import Edit, WeightChange
 from interp.errors import InputError
 from interp.models import Factors, HookedModel, kfac, kfac_factors, weights
+from interp.models.curvature_edits import curvature_edit
 from interp.models.factors import cut, whole
 from interp.models.outer_sums import OuterSums
 from interp.results import Result, analysis
@@ -402,6 +403,31 @@ def test_edits_of_weights_count(tmp_path: Path) -> None:
         plain.check(HookedModel.load(other))
     with pytest.raises(InputError, match="edits of weights only"), model.patched({"L0.mlp_out": torch.zeros(1, 7, 24)}):
         kfac_factors(model, PROMPTS[:1], tmp_path / "patched")
+
+
+def test_weights_that_two_blocks_share_are_refused(tmp_path: Path) -> None:
+    """One tensor in two blocks: gradients of both places would make its curvature, and an edit of one changes the other."""
+    hf: Any = tiny("llama")
+    hf.model.layers[1].mlp.up_proj.weight = hf.model.layers[0].mlp.up_proj.weight
+    model = HookedModel.load(hf)
+    message = r"^L0.W_in and L1.W_in of \w+ are one tensor \(tied\), so .*[^.]$"
+    for layers in (None, [0], [1]):
+        with pytest.raises(InputError, match=message):
+            kfac_factors(model, PROMPTS, tmp_path / "f", layers=layers)
+    assert not (tmp_path / "f").exists()
+    apart = kfac_factors(model, PROMPTS, tmp_path / "f", modules=["W_gate", "W_out"])
+    assert len(apart.sites) == 6 and curvature_edit(model, apart, layers=0, modules="W_gate", mass=0.5).weights
+    with pytest.raises(InputError, match=message), model.edited(Edit((WeightChange(Site("W_in", 0), torch.ones(24, 40)),))):
+        kfac_factors(model, PROMPTS, tmp_path / "g", layers=[1])
+    for kind, one, other in (
+        ("gpt2", "W_Q", "transformer.h.{}.attn.c_attn.weight"),
+        ("neox", "W_out", "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight"),
+    ):
+        hf = tiny(kind)
+        owner = hf.get_submodule(other.format(2).rpartition(".")[0])
+        owner.weight = hf.get_parameter(other.format(0))
+        with pytest.raises(InputError, match=f"L0.{one} and L2.{one} of"):
+            kfac_factors(HookedModel.load(hf), PROMPTS, tmp_path / kind)
 
 
 def test_the_model_is_left_as_it_came(tmp_path: Path) -> None:

@@ -172,6 +172,27 @@ def test_the_stress_test_is_the_best_of_all_other_cuts(pair) -> None:
     assert "other cuts" in result.summary() and set(result.figures()) == {"Recited", "How far", "Cut elsewhere"}
 
 
+def test_a_text_that_no_other_cut_fits_is_left_out(pair) -> None:
+    """Its beginning has as few tokens as must be left, and its rest is one token."""
+    longer, alone = planted(pair, 5), ("The ring", " is")
+    plain = interp.recitation(pair, longer, stress=2)
+    mixed = drawn(pair, [alone, *zip(longer.texts, longer.targets, strict=True)])
+    result = interp.recitation(pair, mixed, stress=2)
+    assert len(passages(pair.base, mixed).prompts[0]) <= 3 and result.stressed[:, :, 0].isnan().all()
+    assert result.stress[:, 0].isnan().all() and torch.equal(result.stress[:, 1:], plain.stress)
+    frame = result.to_frame()
+    assert frame["stress"].tolist() == pytest.approx(plain.to_frame()["stress"].tolist(), abs=1e-12)
+    assert frame["stress_left_out"].tolist() == [1, 1] and plain.to_frame()["stress_left_out"].tolist() == [0, 0]
+    rows = result.to_frame(per="prompt")
+    assert rows[rows.prompt == 0]["stress"].isna().all() and not rows[rows.prompt > 0]["stress"].isna().any()
+
+    def told(one: Any) -> str:
+        return one.summary().partition("first wrong one")[2]
+
+    assert told(result) == told(plain) + " (1 of the texts left out: no other cut fits)"
+    assert "left out" not in plain.summary() and "Cut elsewhere" in result.figures()
+
+
 def test_shares_and_distances_of_a_pair(pair) -> None:
     prompts = planted(pair, 4)
     result = interp.recitation(pair, prompts)

@@ -16,7 +16,7 @@ from interp.errors import InputError
 from interp.metrics import Metric, Reader
 from interp.names import unknown
 from interp.progress import progress
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Heads
 from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, standard_error
@@ -322,7 +322,7 @@ def _checked(prompts: object, width: int, control: int) -> Prompts:
             raise InputError(f"{name} is a number of {'layers' if name == 'width' else 'draws'}, but it is {value!r}")
     if len(prompts) < 2:
         raise InputError("attention_knockout needs at least two prompts for standard errors, got one")
-    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    return clean_prompts(prompts)
 
 
 def _blocked_heads(heads: Heads | str, width: int, shape: Shape) -> list[str]:

@@ -17,7 +17,7 @@ from interp.models.composition import alive, component_scores, readers, spans
 from interp.models.heads import folded_heads, upcast
 from interp.models.steered import Channels, Look, Steered, Ways
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.roles import named
 from interp.sites import Heads, Site
@@ -384,7 +384,7 @@ def _checked(prompts: object, rank: int, top: int, draws: int, share: float) -> 
         raise InputError(f"share is a share of the whole head's effect, at least 0, but it is {share!r}")
     if len(prompts) < 4:
         raise InputError(f"channel_effects needs at least four prompts, two to choose and two to judge, got {len(prompts)}")
-    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    return clean_prompts(prompts)
 
 
 class _Parts:

@@ -17,7 +17,7 @@ from interp.errors import InputError
 from interp.models.channels import coefficients, doubts, named
 from interp.models.heads import check_component, folded_heads
 from interp.models.steered import Channels, Look, Steered, Ways
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.roles import named as tokens_of
 from interp.sites import Heads, Site
@@ -385,7 +385,7 @@ def _checked(prompts: object, grid: int, span: float, draws: int, factors: Seque
         raise InputError("factors needs at least one number, such as 0, 1, 4")
     if len(prompts) < 4:
         raise InputError(f"channel_steering needs at least four prompts, two to choose and two to judge, got {len(prompts)}")
-    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    return clean_prompts(prompts)
 
 
 def _reached(sites: Sequence[Site], movers: Sequence[tuple[int, int]]) -> None:

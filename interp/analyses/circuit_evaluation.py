@@ -15,7 +15,7 @@ from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.metrics import Metric
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.stats import Estimate, bootstrap, changed, permutation, plus_minus, recovered, standard_error
 from interp.sweeps.ablation import ABLATIONS, Ablation, Ablations, comparable
@@ -467,7 +467,7 @@ def _asked(prompts: Prompts | PromptPairs, circuit: Circuit, ablation: Ablation,
 
 def _reference(model: HookedModel, prompts: Prompts | PromptPairs, judge: Metric) -> Tensor | None:
     """Logits of the whole model, for a metric that compares with them."""
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     return model.logits(model.batch(asked), at=judge.position).cpu() if judge.needs_reference else None
 
 

@@ -15,7 +15,7 @@ from interp import plots
 from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.progress import progress
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Heads, Site
 from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, standard_error, wilson
@@ -382,7 +382,7 @@ def circuit_repair(
         InputError: no heads to edit, unknown heads, roles or positions, a circuit of another model or found on these prompts,
             prompts without options or of a single context, or options behind the query.
     """
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     if among not in ("vocabulary", "options"):
         raise InputError(f"among must be vocabulary or options, but it is {among!r}")
     if type(draws) is not int or draws < 1:

@@ -16,7 +16,7 @@ from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.metrics import Metric
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, mcnemar, paired_change, permutation, plus_minus, standard_error
@@ -311,7 +311,7 @@ def circuit_transfer(
     nodes = {name: heads_of(c, f"{name}'s circuit") for name, c in circuits.items()}
     both = tuple(node for node in nodes["base"] if node in nodes["tuned"])
     nodes |= {"shared": both} if both and set(both) not in map(set, nodes.values()) else {}
-    batch = pair.batch(prompts.clean if isinstance(prompts, PromptPairs) else prompts)
+    batch = pair.batch(clean_prompts(prompts))
     nobody = unread(batch, [node for own in nodes.values() for node in own], read.values())
     drawn = {name: _drawn(own, shape, 0 if name == "shared" else random_circuits, seed, nobody) for name, own in nodes.items()}
     sides = {side: _side(model, prompts, read, nodes, drawn, ablation, by, seed) for side, model in pair.sides()}

@@ -15,7 +15,7 @@ from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.metrics import Metric, Reader
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, bootstrap, mcnemar, paired_change, permutation, plus_minus, standard_error
@@ -404,7 +404,7 @@ def _checked(pair: ModelPair, prompts: object, circuit: Circuit, direction: str,
     if len(prompts) < 2:
         raise InputError("cmap needs at least two prompts for standard errors, got one")
     unseen(prompts, circuit.check(pair.shape))
-    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    return clean_prompts(prompts)
 
 
 def _added_names(rest: bool) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from interp import plots
 from interp.errors import InputError
 from interp.metrics import Metric
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import RESIDUAL, Heads, Site
 from interp.spelling import spelled
@@ -317,7 +317,7 @@ def cross_patching(
         InputError: an unknown component, group, position or metric; sites that the models lack; ``output="sender"`` where no z is set.
     """
     _check_settings(pair, component, direction, output, sites, positions, heads_at, control)
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     if not isinstance(asked, Prompts):
         raise InputError(f"cross_patching needs Prompts, not {type(prompts).__name__}")
     judge, batch, shape = Metric.parse(metric), pair.batch(asked), pair.shape

@@ -25,6 +25,7 @@ from interp.models.curvature import (
     staircase,
     wanted_sites,
 )
+from interp.models.linear_maps import check_apart
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.stats import Estimate
@@ -349,6 +350,8 @@ def delta_curvature(
     _check(pair, prompts, masses, step, per_weight)
     sites = wanted_sites(factors)
     factors.check(pair.base)
+    if prompts is not None:
+        check_apart(pair.base, sites)  # what is measured changes one matrix at a time
     found: dict[str, dict[str, Tensor | float]] = {}
     deltas: dict[str, WeightChange] = {}
     bases = Eigenbases(factors)
@@ -359,6 +362,7 @@ def delta_curvature(
         if prompts is not None and found[change.name]["change"]:
             deltas[change.name] = _as_edit(change)
     if lost := [str(site) for site in sites if str(site) not in found]:
+        check_apart(pair.base, sites)
         raise InputError(f"{pair.name} has no {lost[0]}, which the factors {factors.path} have")
     names = tuple(map(str, sites))
     ends = ("0", *(f"{100 * m:g}" for m in masses))

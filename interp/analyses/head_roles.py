@@ -14,7 +14,7 @@ from interp import plots
 from interp.errors import InputError
 from interp.metrics import Metric
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.roles import CLEAR, PATTERNS, attention_from, direct_effect, even, even_from, named, paid, repeats, scores, targets
 from interp.sites import Site
@@ -318,7 +318,7 @@ def head_roles(
     aside = [targets("previous_token", drawn.once, back=2), *wanted[1:]]
     uniform = even(drawn.twice)[:, None]
     chance = [float(paid(uniform, target).mean()) for target in wanted]
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = None if prompts is None else clean_prompts(prompts)
     looks, direct, clean, expected, group = [], [], [], None, None
     if asked is not None:
         judge = Metric.parse(metric)

@@ -16,7 +16,7 @@ from interp.edits import Edit
 from interp.errors import InputError
 from interp.models.intruders import Compared, Settings, Side, block_changes, check, compared, intruders, narrow, normal, scaled_components
 from interp.progress import progress
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, bootstrap, paired_change, permutation, standard_error, wilson
@@ -258,7 +258,7 @@ def intruder_scaling(
             intruders.
     """
     strengths = _checked(factors, threshold, side, draws)
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     if min(map(len, text.ids)) < 2:
         raise InputError(f"text {list(map(len, text.ids)).index(1)} has one token only, which has no loss; give longer text")
     reader = margin(asked, among)

@@ -75,8 +75,10 @@ class RecitationResult(Result):
 
     @property
     def stress(self) -> Float[Tensor, "side prompt"]:
-        """The most that any other cut of the text brings out: tokens right before the first wrong one."""
-        return self.stressed.nan_to_num(-1.0).amax(1) if self.stressed.shape[1] else torch.full(self.distance.shape, torch.nan)
+        """The most that any other cut of the text brings out: tokens right before the first wrong one; NaN where none fits."""
+        if not self.stressed.shape[1]:
+            return torch.full(self.distance.shape, torch.nan)
+        return self.stressed.nan_to_num(-torch.inf).amax(1).masked_fill(self.stressed.isnan().all(1), torch.nan)
 
     def summary(self) -> str:
         """Strict and loose shares with intervals, the mean distance, the stress test, rounding."""
@@ -90,11 +92,15 @@ class RecitationResult(Result):
             lost, gained = (int((self.strict[a] & ~self.strict[b]).sum()) for a, b in ((0, 1), (1, 0)))
             change = f"; {lost} lost and {gained} gained, exact McNemar p = {mcnemar(lost, gained):.2g}"
         if self.stressed.shape[1]:
+            fits = [~row.isnan() for row in self.stress]
             each = (
-                f"{plus_minus(self.matched[i])} -> {plus_minus(self.stress[i])}" + (f" ({side})" if len(self.sides) == 2 else "")
+                f"{plus_minus(self.matched[i][fits[i]])} -> {plus_minus(self.stress[i][fits[i]])}"
+                + (f" ({side})" if len(self.sides) == 2 else "")
                 for i, side in enumerate(self.sides)
             )
             change += f"; at best of {self.stressed.shape[1]} other cuts, tokens right before the first wrong one: {', '.join(each)}"
+            if out := max(int((~row).sum()) for row in fits):
+                change += f" ({out} of the texts left out: no other cut fits)"
         low, high = int(self.length.min()), int(self.length.max())
         tokens = f"{low}" if low == high else f"{low} to {high}"
         return f"Recited: {'; '.join(told)} (n = {n}, {tokens} tokens each; rounding alone changes {int(self.jitter.max())}){change}"
@@ -158,6 +164,8 @@ class RecitationResult(Result):
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per side; ``per="prompt"``: one per side and text.
 
+        ``stress`` is a mean over the texts that another cut fits; ``stress_left_out`` counts the others.
+
         Raises:
             InputError: ``per`` is something else.
         """
@@ -187,7 +195,9 @@ class RecitationResult(Result):
                 low, high = wilson(int(hits.sum()), len(hits))
                 row |= {how: float(hits.double().mean()), f"{how}_low": low, f"{how}_high": high}
             means = {"edit": self.edit[i], "matched": self.matched[i].double(), "stress": self.stress[i]}
-            rows.append(row | {k: float(v.mean()) for k, v in means.items()} | {"jitter": int(self.jitter[i])})
+            row |= {k: float(v.nanmean()) for k, v in means.items()}
+            left_out = int(self.stress[i].isnan().sum()) if self.stressed.shape[1] else 0
+            rows.append(row | {"stress_left_out": left_out, "jitter": int(self.jitter[i])})
         return pd.DataFrame(rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from interp import plots
 from interp.errors import InputError
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.spelling import spelled
 from interp.stats import mcnemar, wilson
@@ -276,7 +276,7 @@ def task_accuracy(
     if among not in ("auto", "options", "vocabulary"):
         raise InputError(f"among must be auto, options or vocabulary, but it is {among!r}")
     drawn = task.generate(pair, n, seed)
-    asked = drawn.clean if isinstance(drawn, PromptPairs) else drawn
+    asked = clean_prompts(drawn)
     if among == "auto":
         among = "options" if asked.answers is not None and asked.options is not None else "vocabulary"
     right, jitter, margins, tops = [], [], [], []

@@ -15,7 +15,7 @@ from torch import Tensor
 from interp import plots
 from interp.errors import InputError
 from interp.progress import progress
-from interp.prompts import PromptPairs
+from interp.prompts import clean_prompts
 from interp.results import Result, analysis
 from interp.stats import mcnemar, paired_change, permutation, resample_counts, standard_error, wilson
 
@@ -259,7 +259,7 @@ def tuco_scaling(
         raise InputError(f"cross-validation takes 2 folds or more and as many prompts or more, but folds is {folds!r} and n is {n!r}")
     pair.scaled(1.0)  # refuses a pair that cannot run side by side before anything is drawn
     drawn = task.generate(pair, n, seed)
-    asked = drawn.clean if isinstance(drawn, PromptPairs) else drawn
+    asked = clean_prompts(drawn)
     if among == "auto":
         among = "options" if asked.answers is not None and asked.options is not None else "vocabulary"
     fold = folds_of(asked.contexts, folds, seed)

@@ -28,6 +28,7 @@ from interp.models.curvature import (
     staircase,
     wanted_sites,
 )
+from interp.models.linear_maps import check_apart
 from interp.sites import Site
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def curvature_edit(
         name: of the edit.
 
     Raises:
-        InputError: factors of another model, a mass outside of (0, 1], layers or modules without factors (those with some are listed).
+        InputError: factors of another model, a mass outside of (0, 1], layers or modules without factors (those with some are listed), or
+            a matrix that is one tensor with that of another block.
     """
     return curvature_edits(model, factors, layers=layers, modules=modules, masses=(mass,), control=control, seed=seed, name=name)[0]
 
@@ -133,6 +135,7 @@ def curvature_cuts(
         raise InputError(f"control is {control!r}, expected None or one of {', '.join(get_args(Control))}")
     sites = wanted_sites(factors, layers, modules)
     factors.check(model)
+    check_apart(model, sites)
     found: list[list[Cut]] = [[] for _ in masses]
     bases = Eigenbases(factors)
     for site in sites:

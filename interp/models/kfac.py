@@ -24,7 +24,7 @@ from interp.models import weights
 from interp.models.batch import Batch
 from interp.models.factors import Factors, read_index, save, write_index
 from interp.models.hooked import HookedModel
-from interp.models.linear_maps import Linear, linear_maps, matrix_sites, plain_copy
+from interp.models.linear_maps import Linear, check_apart, linear_maps, matrix_sites, plain_copy
 from interp.models.loading import free_bytes
 from interp.models.memory import Budget
 from interp.models.outer_sums import OuterSums, triangle_bytes
@@ -79,8 +79,9 @@ def kfac_factors(
             folder that is gone on with as many as it began with.
 
     Raises:
-        InputError: no such module or layer; no position with a next token; a prompt whose loss is not finite; a folder that holds
-            factors of something else, or some of these prompts already; activation edits or patches in force.
+        InputError: no such module or layer, or one tensor in two blocks; no position with a next token; a prompt whose loss is not
+            finite; a folder that holds factors of something else, or of some of these prompts and not just these; activation edits or
+            patches in force.
     """
     if labels not in ("sampled", "gold"):
         raise InputError(f"labels are 'sampled' or 'gold', not {labels!r}")
@@ -89,6 +90,7 @@ def kfac_factors(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"the seed of kfac_factors is a whole number, but {seed!r} came")
     wanted = matrix_sites(model, modules, layers)
+    check_apart(model, wanted)
     batch = model.batch(prompts)
     if int(batch.lengths.max()) < 2:
         raise InputError("no prompt has two tokens, so there is no position with a next token to predict")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from interp.models.checkpoint import Shape
 from interp.models.hooked import HookedModel
 from interp.models.wrap import structure_copy
 from interp.sites import Site
+
+if TYPE_CHECKING:
+    from interp.models.editing import Editing
 
 
 def plain_copy(model: HookedModel) -> Any:
@@ -63,6 +66,24 @@ def matrix_sites(model: HookedModel, modules: Sequence[str] | None, layers: Sequ
     if not asked or not numbers:
         raise InputError("no matrices were asked for: modules or layers are empty")
     return [Site(m, layer) for layer in sorted(set(numbers)) for m in known if m in asked]
+
+
+def check_apart(model: Editing, sites: Sequence[Site]) -> None:
+    """Refuse matrices that are one tensor with another matrix of the model: a curvature, or a change, of one is that of both.
+
+    Raises:
+        InputError: two blocks share one of these; both are named.
+    """
+    shape, held = model.shape, model.wrapped
+    names = [name for name, _ in held.source.named_parameters(remove_duplicate=False)]
+    first: dict[tuple[torch.device, int], Site] = {}
+    for site in (Site(m, layer) for layer in range(shape.n_layers) for m in weights.modules(shape)):
+        for key, view in weights.locate(site, names, shape):
+            matrix = view(held.parameter(key).detach())
+            other = first.setdefault((matrix.device, matrix.data_ptr()), site)
+            if other != site and {other, site} & set(sites):
+                both = f"{other} and {site} of {model.name} are one tensor (tied)"
+                raise InputError(f"{both}, so that neither has a curvature or a change of its own; choose modules or layers without them")
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from interp.prompts.encoding import Tokenizing
 from interp.prompts.files import numbered_lines
-from interp.prompts.values import PromptPairs, Prompts
+from interp.prompts.values import PromptPairs, Prompts, clean_prompts
 
-__all__ = ["PromptPairs", "Prompts", "read_prompts"]
+__all__ = ["PromptPairs", "Prompts", "clean_prompts", "read_prompts"]
 
 
 def read_prompts(path: str | Path, model: Tokenizing) -> Prompts | PromptPairs:

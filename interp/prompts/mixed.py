@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from interp.errors import InputError
 from interp.names import AND
-from interp.prompts.values import PromptPairs, Prompts
+from interp.prompts.values import PromptPairs, Prompts, clean_prompts
 
 SET = "set"
 """The tag that tells the sets of a mixture apart."""
@@ -30,7 +30,7 @@ def mixed(sets: Mapping[str, Prompts | PromptPairs], seed: int | None = None) ->
     """
     if not sets or not all(sets):
         raise InputError("a mixture takes sets of prompts, each with a name")
-    single = {name: found.clean if isinstance(found, PromptPairs) else found for name, found in sets.items()}
+    single = {name: clean_prompts(found) for name, found in sets.items()}
     seed = seed if all(found.seed == seed and found.task == name for name, found in sets.items()) else None
     turns = zip_longest(*([(name, one, row) for row in range(len(one))] for name, one in single.items()))
     order = [entry for turn in turns for entry in turn if entry is not None]

@@ -302,6 +302,11 @@ class PromptPairs:
         return cls(*sides)
 
 
+def clean_prompts(prompts: Prompts | PromptPairs) -> Prompts:
+    """The prompts that are asked: of pairs the clean ones."""
+    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
+
+
 def _rows(which: int | slice | Sequence[int], n: int) -> list[int]:
     """The chosen indices, from 0."""
     if isinstance(which, slice):

@@ -17,7 +17,7 @@ from interp.metrics import Reader
 from interp.models.ablated import StandIn, ablated, means, parts, recorded, zeros
 from interp.names import unknown
 from interp.progress import progress
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.sites import Site
 from interp.sweeps.plain import baseline, run
 from interp.sweeps.saved import Remembered, digest, identity_of_metric, identity_of_run
@@ -95,7 +95,7 @@ class Ablations:
         Raises:
             InputError: as ``stand_in``.
         """
-        self.batch = model.batch(prompts.clean if isinstance(prompts, PromptPairs) else prompts)
+        self.batch = model.batch(clean_prompts(prompts))
         self.stand_in, self.notes = stand_in(model, prompts, ablation, by=by, mlps=mlps, seed=seed)
         self.model, self.reader, self.group = model, reader, grouped(prompts.contexts)
         self.intact, self.floor = baseline(model, self.batch, reader)

@@ -13,7 +13,7 @@ from interp.circuit import Circuit
 from interp.errors import InputError
 from interp.metrics import Metric, Reader, Targets
 from interp.names import unknown
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.sites import Site
 from interp.stats import Estimate, bootstrap, recovered, wilson
 from interp.sweeps.plain import run
@@ -75,7 +75,7 @@ def readers(prompts: Prompts | PromptPairs, metric: Metric | str, among: Among) 
     Raises:
         InputError: as ``margin``; or a metric that compares with another run.
     """
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     judge, found = Metric.parse(metric), {"margin": margin(asked, among)}
     if judge.needs_reference:
         raise InputError(f"the metric {judge} compares with another run; here it is one of answers, such as logit_diff or answer_logprob")
@@ -98,7 +98,7 @@ def above_chance(prompts: Prompts | PromptPairs, models: Mapping[str, HookedMode
     Raises:
         InputError: it says how often each is right.
     """
-    asked = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    asked = clean_prompts(prompts)
     if asked.options is None or asked.answers is None or any(len(set(o)) < 2 for o in asked.options):
         return
     chance, n = sum(1 / len(set(o)) for o in asked.options) / len(asked), len(asked)

@@ -111,9 +111,10 @@ class Arithmetic(Task):
         With one-token results, the most likely token; otherwise the integer at the beginning of the
         first line that greedy decoding writes.
         """
-        from interp.tasks.scoring import clean, greedy_integer, most_likely
+        from interp.prompts import clean_prompts
+        from interp.tasks.scoring import greedy_integer, most_likely
 
-        return most_likely(model, prompts, among) if clean(prompts).answers is not None else greedy_integer(model, prompts)
+        return most_likely(model, prompts, among) if clean_prompts(prompts).answers is not None else greedy_integer(model, prompts)
 
 
 TASK = Arithmetic

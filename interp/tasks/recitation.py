@@ -81,12 +81,12 @@ class Recitation(Task):
 
     def score(self, model: HookedModel, prompts: Prompts | PromptPairs, among: Literal["vocabulary", "options"] = "vocabulary"):
         """Which canaries are recited, Bool [prompt]: what greedy decoding gives, held against the tokens of the rest."""
+        from interp.prompts import clean_prompts
         from interp.tasks.reciting import distances, loose, passages, recitations
-        from interp.tasks.scoring import clean
 
         if among == "options":
             raise InputError("recitation has no options to choose among; score it among the vocabulary")
-        texts = passages(model, clean(prompts))
+        texts = passages(model, clean_prompts(prompts))
         distance = distances(recitations(model, texts), texts.rests)
         return loose(distance, texts.lengths) if self.judged == "loose" else distance == 0
 

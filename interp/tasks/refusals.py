@@ -100,9 +100,10 @@ class Refusals(Asking):
         """
         import torch
 
-        from interp.tasks.scoring import clean, mentions, written
+        from interp.prompts import clean_prompts
+        from interp.tasks.scoring import mentions, written
 
-        asked = clean(prompts)
+        asked = clean_prompts(prompts)
         if "city" not in asked.tags:
             raise InputError("these prompts do not say which city would be a leak; they are not of the task refusals")
         return torch.tensor([mentions(text, city) for text, city in zip(written(model, asked), asked.tags["city"], strict=True)])

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.prompts import PromptPairs, Prompts
+from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.prompts.encoding import continuations, encode
 
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Prompts whose logits over the whole vocabulary are held at a time."""
-
-
-def clean(prompts: Prompts | PromptPairs) -> Prompts:
-    """The prompts that are asked."""
-    return prompts.clean if isinstance(prompts, PromptPairs) else prompts
 
 
 def most_likely(
@@ -35,7 +30,7 @@ def most_likely(
     """
     if among not in ("vocabulary", "options"):
         raise InputError(f"among is {among!r}, expected vocabulary or options")
-    asked = clean(prompts)
+    asked = clean_prompts(prompts)
     if asked.answers is None:
         raise InputError("these prompts have no one-token answers to score")
     if among == "options" and asked.options is None:
@@ -56,7 +51,7 @@ def most_likely(
 
 def greedy_integer(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
     """Where the first line of the greedy continuation begins with the integer of the target."""
-    asked = clean(prompts)
+    asked = clean_prompts(prompts)
     wanted = _targets(asked)
     # Two tokens more than the number needs, so that a longer number is seen to go on.
     length = max(len(ids) for ids in continuations(model, encode(model, asked.texts), wanted)) + 2
@@ -84,7 +79,7 @@ def mentions(text: str, word: str) -> bool:
 
 def begun(model: HookedModel, prompts: Prompts | PromptPairs) -> Bool[Tensor, " prompt"]:
     """Where what greedy decoding writes begins with exactly the target."""
-    asked = clean(prompts)
+    asked = clean_prompts(prompts)
     return torch.tensor([begins(text, target) for text, target in zip(written(model, asked), _targets(asked), strict=True)])
 
 
