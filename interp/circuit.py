@@ -216,6 +216,23 @@ class Circuit:
         if site.component == "resid_post" and (site.layer != layers - 1 or site.position not in ("END", None)):
             raise InputError(f"{site} is no receiver: resid_post stands for the logits, at L{layers - 1}.resid_post@END")
 
+    def __repr__(self) -> str:
+        """How much of which model, and the first nodes."""
+        first = ", ".join(map(str, self.nodes[:4])) + (", ..." if len(self.nodes) > 4 else "")
+        return f"<Circuit of {self._size()}{': ' if first else ''}{first}>"
+
+    def _size(self) -> str:
+        layers, heads, _ = self.model
+        return f"{len(self.nodes)} nodes and {len(self.edges)} edges in a model of {layers} layers with {heads} heads"
+
+    def _repr_html_(self) -> str:
+        """The nodes with their roles and scores, strongest first."""
+        from interp.plots.cell import table
+
+        order = sorted(self.nodes, key=lambda node: -abs(self.scores.get(node, 0.0)))
+        rows = [(node, self.roles.get(node), f"{self.scores[node]:.3g}" if node in self.scores else None) for node in order]
+        return table(f"Circuit of {self._size()}", ("node", "role", "score"), rows)
+
     @classmethod
     def of(cls, model: tuple[int, int, int], roles: Mapping[str, str | Sequence[str]], edges: Iterable[str | Edge] = ()) -> Circuit:
         """A circuit written by hand: role -> text form of its node or nodes, and text forms of edges."""

@@ -314,6 +314,19 @@ class Edit:
         """The changes of activations, attention among them."""
         return tuple(c for c in self.changes if not isinstance(c, WeightChange))
 
+    def __repr__(self) -> str:
+        """Its name, and what it changes."""
+        shown = [_told(change) for change in self.changes[:4]] + [f"{len(self.changes) - 4} more"] * (len(self.changes) > 4)
+        return f"<Edit{f' {self.name!r}' if self.name else ''} of {', '.join(shown) or 'nothing'}>"
+
+    def _repr_html_(self) -> str:
+        """One line per change."""
+        from interp.plots.cell import table
+
+        title = f"Edit{f' {self.name}' if self.name else ''}: {len(self.changes)} change{'' if len(self.changes) == 1 else 's'}"
+        rows = [(_told(change), _size_of(change), f"{getattr(change, 'strength', 1):g}") for change in self.changes]
+        return table(title, ("what", "how much", "strength"), rows)
+
     def scaled(self, g: float) -> Edit:
         """Every change ``g`` times as strong; ``scaled(0)`` changes nothing."""
         return replace(self, changes=tuple(c.scaled(g) for c in self.changes))
@@ -405,6 +418,27 @@ class Edit:
         if not whole:
             raise InputError(f"{folder} holds an edit that is not whole: its tensors are not those that edit.json was written for")
         return found
+
+
+def _told(change: Change) -> str:
+    """What a change does, in words."""
+    if isinstance(change, WeightChange):
+        return f"add to {change.site}"
+    if isinstance(change, ActivationChange):
+        return f"{change.kind} {change.site}"
+    if isinstance(change, ChannelChange):
+        return f"channels of {', '.join(map(str, change.senders))} to {', '.join(map(str, change.receivers))}"
+    return str(change)
+
+
+def _size_of(change: Change) -> str:
+    """Norm of what is added or set; rank of a change in factors."""
+    if isinstance(change, WeightChange):
+        rank = "" if change.right is None else f"rank {change.left.shape[1]}, "
+        return f"{rank}norm {float(change.delta.double().norm()):.3g}"
+    if isinstance(change, ActivationChange) and change.kind in ("add", "set"):
+        return f"norm {float(change.value.double().norm()):.3g}"
+    return ""
 
 
 def _attention(row: dict[str, Any]) -> AttentionChange:

@@ -104,6 +104,10 @@ class Site:
         """The same site at a position."""
         return replace(self, position=position)
 
+    def __repr__(self) -> str:
+        """What Python reads it back from."""
+        return f"Site.parse({str(self)!r})"
+
     def __str__(self) -> str:
         """The text form."""
         place = "" if self.layer is None else f"L{self.layer}" + ("" if self.head is None else f"H{self.head}")
@@ -182,6 +186,10 @@ class Heads:
     def sites(self, component: str = "z") -> list[Site]:
         """One site per head, in order."""
         return [Site(component, layer, head, g.position) for g in self.groups for layer, head in g.heads]
+
+    def __repr__(self) -> str:
+        """What Python reads it back from."""
+        return f"Heads.parse({str(self)!r})"
 
     def __str__(self) -> str:
         """The text form."""

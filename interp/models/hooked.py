@@ -207,6 +207,27 @@ class HookedModel(Editing):
         s = self.shape
         return f"HookedModel({self.name}: {s.architecture}, {s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model})"
 
+    def _repr_html_(self) -> str:
+        """Name, sizes, dtype and what is in force; loads nothing."""
+        from interp.plots.cell import facts
+
+        s = self.shape
+        heads = f"{s.n_heads} of width {s.d_head}" + (f", {s.n_kv_heads} for keys and values" if s.n_kv_heads != s.n_heads else "")
+        kind = [word for word, there in (("gated MLP", s.gated), ("parallel blocks", s.parallel), ("tied embeddings", s.tied)) if there]
+        rows = {
+            "architecture": ", ".join([s.architecture, *kind]),
+            "layers": s.n_layers,
+            "heads per layer": heads,
+            "d_model, d_mlp": f"{s.d_model}, {s.d_mlp}",
+            "vocabulary, context": f"{s.d_vocab}, {s.n_ctx} tokens",
+            "weights": f"{str(self.dtype).removeprefix('torch.')}, {f'on {self.device}' if self.loaded else 'not loaded yet'}",
+            "from": str(self.checkpoint.path) if self.checkpoint is not None else "a model in memory",
+            "adapter": self.adapter,
+            "edits in force": ", ".join(edit.name or "unnamed" for edit in self._edits),
+            "noted": "; ".join(self.notes),
+        }
+        return facts(f"HookedModel {self.name}", rows)
+
     def in_dtype(self, dtype: torch.dtype) -> HookedModel | None:
         """The same weights computed in another precision, as a model of its own; None where its copy would not fit the memory.
 

@@ -188,8 +188,25 @@ class ModelPair:
         return ScaledModel(self, alpha)
 
     def __repr__(self) -> str:
-        """Both names."""
-        return f"ModelPair({self.name})"
+        """Both names, and what they have in common."""
+        s = self.shape
+        return f"ModelPair({self.name}: {s.architecture}, {s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model})"
+
+    def _repr_html_(self) -> str:
+        """Both models, and what is worth knowing of them as a pair; loads nothing."""
+        from interp.plots.cell import facts
+
+        s = self.shape
+        loaded = [side for side, model in (("base", self.base), ("tuned", self.tuned)) if model.loaded]
+        rows = {
+            "base": self.base.name,
+            "tuned": self.tuned.name,
+            "architecture": f"{s.architecture}, {s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model}",
+            "compared on": f"{self.shared_vocab} token ids",
+            "in memory": ", ".join(loaded) or "neither yet",
+            "noted": "; ".join(self.notes) or "no differences beside the weights",
+        }
+        return facts(f"ModelPair {self.name}", rows)
 
 
 def _tokenizer_of(model: HookedModel) -> Any:

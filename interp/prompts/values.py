@@ -26,9 +26,12 @@ _NAME = re.compile(r"[A-Za-z_][\w+\-]*")
 class Prompts:
     """Prompts as texts and tokens; every field has one entry per prompt.
 
+    ``Prompts(texts, model)`` reads texts with the tokenizer of a model or of a pair; ``answers`` and ``distractors`` are
+    then words of one token each, with their leading space, as in ``Prompts(["2 + 2 ="], model, answers=[" 4"])``.
+
     Attributes:
         texts: the texts.
-        ids: token ids, with the special tokens that come first.
+        ids: token ids, with the special tokens that come first; or the model whose tokenizer reads the texts.
         positions: name -> token indices of each prompt, from its first token; several for a set. ``END``,
             the last token, is always there.
         answers: the token that should follow, or None where answers are not one token.
@@ -43,7 +46,7 @@ class Prompts:
     """
 
     texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
+    ids: tuple[tuple[int, ...], ...] = ()
     positions: Positions = field(default_factory=dict)
     answers: tuple[int, ...] | None = None
     distractors: tuple[int, ...] | None = None
@@ -55,11 +58,21 @@ class Prompts:
     seed: int | None = None
     drawn: str = ""
 
+    if TYPE_CHECKING:  # at run time it is that of the dataclass
+
+        def __init__(
+            self, texts: str | Iterable[str], ids: Tokenizing | tuple[tuple[int, ...], ...] = (), positions: Positions = ..., **more: Any
+        ) -> None: ...
+
     def __post_init__(self) -> None:
-        """Add END and contexts, check that everything has an entry per prompt, and drop a seed that makes other prompts."""
+        """Read texts with a model; add END and contexts, check that everything has an entry per prompt, drop a seed of other prompts."""
+        if not isinstance(self.ids, tuple):
+            self._read(self.ids)
         n = len(self.texts)
         if not n:
             raise InputError("there are no prompts")
+        if not self.ids:
+            raise InputError("these texts have no tokens; write Prompts(texts, model), with the model whose tokenizer reads them")
         end = tuple((len(row) - 1,) for row in self.ids)
         if self.positions.get("END", end) != end:
             raise InputError("END is the last token of a prompt and cannot name another one")
@@ -82,6 +95,35 @@ class Prompts:
                 object.__setattr__(self, "drawn", now)
             else:
                 object.__setattr__(self, "seed", None)
+
+    def _read(self, model: Any) -> None:
+        """Take the place of a model by what its tokenizer makes of the texts."""
+        if not hasattr(model, "tokens") or not hasattr(model, "tokenizer"):
+            raise InputError(f"Prompts(texts, model) reads texts with the tokenizer of a model, and a {type(model).__name__} has none")
+        read = type(self).of(model, self.texts, self.answers, self.distractors)  # type: ignore[arg-type]
+        for name in ("texts", "ids", "answers", "distractors"):
+            object.__setattr__(self, name, getattr(read, name))
+
+    def __repr__(self) -> str:
+        """How many, of what, how long."""
+        return f"<{self._told()}: {self.texts[0]!r}{', ...' if len(self) > 1 else ''}>"
+
+    def _told(self) -> str:
+        lengths = sorted(map(len, self.ids))
+        tokens = f"{lengths[0]}" if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]}"
+        source = f" of {self.task}" if self.task else ""
+        return f"{len(self)} prompt{'' if len(self) == 1 else 's'}{source}, {tokens} token{'' if tokens == '1' else 's'}"
+
+    def _repr_html_(self) -> str:
+        """The first texts, with what should follow, and the named positions."""
+        from interp.plots.cell import SHOWN, table
+
+        named = f"; positions {', '.join(self.positions)}" if len(self.positions) > 1 else ""
+        columns: dict[str, Any] = {"text": self.texts, "tokens": [len(row) for row in self.ids]}
+        columns |= {"target": self.targets} if self.targets is not None else {}
+        columns |= {"answer (token id)": self.answers} if self.answers is not None else {}
+        columns |= {"distractor (token id)": self.distractors} if self.distractors is not None else {}
+        return table(self._told() + named, tuple(columns), list(zip(*(c[:SHOWN] for c in columns.values()), strict=True)), of=len(self))
 
     @classmethod
     def of(
@@ -205,6 +247,19 @@ class PromptPairs:
         if set(self.clean.positions) != set(self.corrupt.positions):
             only = sorted(set(self.clean.positions) ^ set(self.corrupt.positions))
             raise InputError(f"clean and corrupt prompts name different positions: {', '.join(only)} on one side only")
+
+    def __repr__(self) -> str:
+        """How many, of what, how long."""
+        return f"<{len(self)} clean and corrupt: {self.clean!r}, {self.corrupt!r}>"
+
+    def _repr_html_(self) -> str:
+        """The first pairs."""
+        from interp.plots.cell import SHOWN, table
+
+        columns: dict[str, Any] = {"clean": self.clean.texts, "corrupt": self.corrupt.texts}
+        columns |= {"answer (token id)": self.answers} if self.answers is not None else {}
+        title = f"clean and corrupt: {self.clean._told()}"
+        return table(title, tuple(columns), list(zip(*(c[:SHOWN] for c in columns.values()), strict=True)), of=len(self))
 
     @classmethod
     def of_task(cls, clean: Prompts, corrupt: Prompts) -> Self:
