@@ -290,6 +290,18 @@ def test_what_an_edit_refuses(tmp_path, unchecked) -> None:
         edit(mass=0)
     with pytest.raises(InputError, match="control is 'bottom', expected None or one of complement"):
         edit(control="bottom")
+    with pytest.raises(InputError, match="layers is one of them or a list, such as 0,2, but 1.5 came"):
+        edit(layers=1.5)
+    folder = str(tmp_path / "f")
+    for asked in (
+        lambda: curvature_edit(model, folder, layers=0, modules="W_in", mass=0.5),  # type: ignore[arg-type]
+        lambda: curvature(model, folder),  # type: ignore[arg-type]
+        lambda: curvature_bands(model, drawn_prompts(3, 0), drawn_prompts(3, 1), folder),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match=r"factors are what kfac_factors returns or Factors.open\(folder\) opens, but '.*f' came"):
+            asked()
+    with pytest.raises(InputError, match="but None came"):
+        curvature(model, None)  # type: ignore[arg-type]
     assert list(map(str, wanted_sites(factors))) == ["L0.W_in", "L0.W_out", "L1.W_in", "L1.W_out"]
 
 
@@ -486,6 +498,9 @@ def test_what_bands_refuse(tmp_path, unchecked) -> None:
         curvature_bands(model, one, one, factors, ends=(0.5, 0.9))
     with pytest.raises(InputError, match="no factors of layer 2; there are some of 0"):
         curvature_bands(model, one, one, factors, layers=(2,))
+    for name, sets in (("clean", (["text"], one)), ("memorised", (one, [[1, 2]])), ("clean", ("text", "text"))):
+        with pytest.raises(InputError, match=f"^{name} of curvature_bands are Prompts, such as a task generates, but a (list|str) came$"):
+            curvature_bands(model, *sets, factors)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="tokens is 'some'"):
         curvature_bands(model, one, one, factors, tokens="some")
     with pytest.raises(InputError, match="weights are not those of"):

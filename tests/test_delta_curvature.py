@@ -269,6 +269,8 @@ def test_what_it_refuses(tmp_path, unchecked) -> None:
     factors = written(pair.base, tmp_path / "f", {Site("W_in", 0)})
     with pytest.raises(InputError, match="weights are not those of"):
         delta_curvature(pair, of_tuned)
+    with pytest.raises(InputError, match="factors are what kfac_factors returns .* but 'folder' came"):
+        delta_curvature(pair, "folder")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="masses is .*ascending"):
         delta_curvature(pair, factors, masses=(0.9, 0.9))
     with pytest.raises(InputError, match="mass is 0, expected"):

@@ -356,6 +356,27 @@ def test_more_prompts_go_on_with_the_sums(tmp_path: Path, one_by_one: list[list[
     assert Factors.open(folder).n == SCORED  # a refusal leaves them whole
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_same_prompts_again_are_nothing_to_do(parts: int, tmp_path: Path, one_by_one: list[list[int]]) -> None:
+    model, folder = HookedModel.load(tiny("gpt2")), tmp_path / "factors"
+    for some in (PROMPTS,) if parts == 1 else (PROMPTS[:2], PROMPTS[2:]):
+        known = kfac_factors(model, some, folder, seed=3)
+    files = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()}
+    one_by_one.clear()
+    with pytest.warns(UserWarning, match="15 positions"):  # said again
+        found = kfac_factors(model, PROMPTS, folder, seed=3)
+    assert found.digest == known.digest and differs(found, known) == 0 and not one_by_one
+    assert found.meta["prompts_digest"] == kfac.prompts_digest(model.batch(PROMPTS)) != kfac.prompts_digest(model.batch(PROMPTS[::-1]))
+    others: list[tuple[dict[str, Any], str]] = [({"seed": 4}, "seed"), ({"labels": "gold"}, "labels"), ({"layers": [1]}, "sites")]
+    for changed, what in others:
+        with pytest.raises(InputError, match=rf"something else \(other {what}\)"):
+            kfac_factors(model, PROMPTS, folder, **{"seed": 3, **changed})
+    for some in (PROMPTS[::-1], PROMPTS[:3], [*PROMPTS, [8, 9]]):  # draws go by the number of a prompt
+        with pytest.raises(InputError, match="have .* of these .* already"):
+            kfac_factors(model, some, folder, seed=3)
+    assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()} == files
+
+
 def test_a_pass_that_runs_out_of_memory_is_not_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = HookedModel.load(tiny("llama").double())
     known = kfac_factors(model, PROMPTS, tmp_path / "known")
@@ -476,6 +497,12 @@ def test_half_precision_is_summed_in_full(folder: Path) -> None:
         ({"modules": []}, "no matrices were asked for"),
         ({"layers": [3]}, "has no layer 3; it has 0 to 2"),
         ({"layers": [-1]}, "has no layer -1"),
+        ({"layers": ["a"]}, "has no layer 'a'; it has 0 to 2"),
+        ({"layers": "0"}, "has no layer '0'; it has 0 to 2"),
+        ({"layers": [True]}, "has no layer True"),
+        ({"layers": [1.0]}, "has no layer 1.0"),
+        ({"layers": 1.5}, "layers is one of them or a list, such as 0,2, but 1.5 came"),
+        ({"modules": 3}, "has no 3; its matrices are"),
         ({"labels": "true"}, "labels are 'sampled' or 'gold', not 'true'"),
         ({"groups": 0}, "number of parts, from 1; got 0"),
         ({"seed": 1.5}, "whole number"),

@@ -95,7 +95,7 @@ def test_of_a_pair(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     both = result.perplexity
     assert float(result.ratio.value) == pytest.approx(float(both[1] / both[0]), rel=1e-9)
     assert result.ratio.low < result.ratio.value < result.ratio.high
-    for text in ("exp of the mean loss", "mean over 5 blocks", "nDCG@7"):
+    for text in ("exp of the mean loss", "ratio over tokens ", "mean over 5 blocks", "nDCG@7"):
         assert text in result.summary()
     monkeypatch.setattr(language, "CELLS", 40 * pair.base.shape.d_vocab)  # in pieces
     again = interp.language_modelling(pair, prompts, k=k)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,16 @@ sys.path.insert(0, str(ROOT / "studies"))
 import balanced_subnet as learnt  # noqa: E402
 import memorisation as study  # noqa: E402
 import memorisation_tables as tables  # noqa: E402
-from memorisation_tables import EDIT_DISTANCE, RANKS, TEXT, UNCUT, MemorisationResult  # noqa: E402
+from memorisation_tables import EDIT_DISTANCE, RANKS, TEXT, TOKENS, UNCUT, MemorisationResult  # noqa: E402
 
 import interp  # noqa: E402
 from interp.errors import InputError  # noqa: E402
 from interp.models import HookedModel  # noqa: E402
 from interp.models.batch import Batch  # noqa: E402
+from interp.models.curvature import eigen, staircase  # noqa: E402
 from interp.models.curvature_edits import curvature_edit  # noqa: E402
 from interp.models.factors import Factors  # noqa: E402
 from interp.sites import Site  # noqa: E402
-from interp.stats import wilson  # noqa: E402
 from interp.sweeps.language import block_losses  # noqa: E402
 
 
@@ -86,7 +89,20 @@ def test_a_setting_tried_is_recitation_and_perplexity_under_its_edit(at, base, t
     edit = curvature_edit(base, factors, layers=2, modules="W_in", mass=0.9)
     cutter = study.Cutter(at.model, factors, (0.5, 0.9), 0)
     cutter.cuts["curvature"] = study.curvature_cuts(at.model, factors, layers=(0, 2), modules=("W_in",), masses=(0.5, 0.9))
-    mine = cutter(study.Setting("curvature", (2,), ("W_in",), 0.9))
+    where = study.Setting("curvature", (2,), ("W_in",), 0.9)
+    mine = cutter(where)
+    assert [e.digest for e in cutter.draws(where)] == [mine.digest]
+    e = eigen(factors, "L2.W_in")
+    left = int(staircase(e.lam, e.mu, 0.9).sum())
+    total = sizes[Site.parse("L2.W_in")].numel()
+    assert cutter.removed(where) == f"{total - left:,} of {total:,} pairs removed"
+    cutter.cuts["random pairs"] = study.curvature_cuts(
+        at.model, factors, layers=(0, 2), modules=("W_in",), masses=(0.5, 0.9), control="random"
+    )
+    drawn = cutter.draws(study.Setting("random pairs", (2,), ("W_in",), 0.9))
+    again = [curvature_edit(base, factors, layers=2, modules="W_in", mass=0.9, control="random", seed=i) for i in range(5)]
+    assert len({e.weights[0].delta.sum().item() for e in drawn}) == 5
+    assert all(torch.equal(x.weights[0].delta, y.weights[0].delta) for x, y in zip(drawn, again, strict=True))
     (a,), (b,) = mine.weights, edit.weights
     assert a.site == b.site and torch.equal(a.delta, b.delta)
     found = at.tried(setting(0.9), mine)
@@ -106,12 +122,29 @@ def test_a_setting_tried_is_recitation_and_perplexity_under_its_edit(at, base, t
 def test_factors_of_other_texts_are_refused(base, tmp_path) -> None:
     a, b = base.weight("L0.W_in").shape
     eye = {Site("W_in", 0): (torch.eye(a), torch.eye(b))}
-    Factors.write(tmp_path / "f", eye, n=9, fingerprint=base.fingerprint, meta={"prompts": 2})
-    with pytest.raises(InputError, match="factors of 2 texts, not of 1"):
-        study.collected(base, ["The"], tmp_path / "f")
+    some = study.kfac_factors(base, ["The cat sat."], tmp_path / "f", modules=("W_gate", "W_in", "W_out"))
+    assert study.collected(base, ["The cat sat."], tmp_path / "f").digest == some.digest
+    with pytest.raises(InputError, match=r"f holds factors of other texts \(1 of them\) than these 1; give another --out"):
+        study.collected(base, ["The dog sat."], tmp_path / "f")
+    assert Factors.open(tmp_path / "f").digest == some.digest
     Factors.write(tmp_path / "g", eye, n=9, fingerprint="other", meta={"prompts": 1})
     with pytest.raises(InputError, match="belong to"):
         study.collected(base, ["The"], tmp_path / "g")
+
+
+def test_the_notebook_finds_its_factors_again(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "notebooks" / "07_memorisation_in_flat_directions.ipynb").read_text(encoding="utf-8"))["cells"]
+    wanted = ("interp.HookedModel.load(", "kfac_factors(base")
+    code = [c for c in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code") if any(w in c for w in wanted)][:2]
+    assert wanted[0] in code[0] and wanted[1] in code[1]
+    found = []
+    for _ in range(2):
+        names: dict[str, Any] = {}
+        for cell in code:
+            exec(cell, names)
+        found.append(names["factors"])
+    assert found[0].digest == found[1].digest and found[0].path == found[1].path
 
 
 # ---- the table
@@ -121,10 +154,10 @@ def made() -> MemorisationResult:
     """Two cuts; one row per kind, and three prompts or four."""
     rows = {study.HELD: [1, 1, 1, 1], study.HELD_LOOSE: [1, 1, 1, 1], study.HEARD: [1, 1, 0, 1], study.DEV: [1, 1, 1, 1]}
     rows |= {"arithmetic: a": [1, 1, 1, 0], "closed book: c": [1, 1, 1, 1], "open book: o": [1, 0, 1, 1], "logic: l": [1, 1, 1, 1]}
-    rows |= {TEXT: [1.0, 2.0, 3.0], RANKS: [1.0] * 3, EDIT_DISTANCE: [0.0] * 4}
+    rows |= {TEXT: [1.0, 2.0, 3.0], TOKENS: [10, 20, 40], RANKS: [1.0] * 3, EDIT_DISTANCE: [0.0] * 4}
     after = {study.HELD: [0, 0, 0, 0], study.HELD_LOOSE: [0, 0, 1, 0], study.HEARD: [1, 0, 0, 0], study.DEV: [0, 0, 0, 1]}
     after |= {"arithmetic: a": [1, 0, 0, 0], "closed book: c": [1, 0, 1, 0], "open book: o": [1, 0, 1, 1], "logic: l": [1, 1, 1, 1]}
-    after |= {TEXT: [1.1, 2.1, 3.1], RANKS: [0.9, 0.8, 0.7], EDIT_DISTANCE: [0.9, 0.8, 0.2, 0.9]}
+    after |= {TEXT: [1.1, 2.0, 3.2], TOKENS: [10, 20, 40], RANKS: [0.9, 0.8, 0.7], EDIT_DISTANCE: [0.9, 0.8, 0.2, 0.9]}
     values = {f"{cut} | {k}": torch.tensor(v, dtype=torch.float64) for cut, some in ((UNCUT, rows), ("x", after)) for k, v in some.items()}
     return MemorisationResult(values=values, settings={"x": "a setting"}, seed=0)
 
@@ -136,13 +169,57 @@ def test_retention_is_a_share_of_base() -> None:
     prose = found.retention("x", study.HEARD)
     assert float(prose.value) == pytest.approx(1 / 3) and prose.low <= prose.value <= prose.high
     none, everything = found.retention("x", study.HELD), found.retention("x", "logic: l")
-    assert (float(none.value), float(none.low), float(none.high)) == (0, *wilson(0, 4))
-    assert (float(everything.value), float(everything.low)) == (1, wilson(4, 4)[0])
+    assert (float(none.value), float(none.low), float(none.high)) == (0, 0, pytest.approx(0.4437, abs=0.01))  # Beta(0.5, 4.5)
+    assert (float(everything.value), float(everything.low), float(everything.high)) == (1, pytest.approx(0.5563, abs=0.01), 1)
+    some = found.retention("x", "closed book: c")  # Beta(2.5, 2.5)
+    assert (float(some.low), float(some.high)) == (pytest.approx(0.1228, abs=0.01), pytest.approx(0.8772, abs=0.01))
     ratio = found.ratio("x")
-    assert float(ratio.value) == pytest.approx(1.1051709, rel=1e-6)
+    assert float(ratio.value) == pytest.approx(math.exp((10 * 0.1 + 40 * 0.2) / 70), rel=1e-9)  # of all tokens, as it is chosen by
     gap = found.gap("x")
     assert float(gap.value) == pytest.approx((1 + 1) / 2 - (1 / 3 + 1 / 2) / 2) and gap.low < gap.value < gap.high
     assert float(found.gap(UNCUT).value) == 0
+
+
+def one_cut(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> MemorisationResult:
+    values = {f"{cut} | {row}": x.double() for cut, some in ((UNCUT, before), ("x", after)) for row, x in some.items()}
+    return MemorisationResult(values=values, settings={"x": "s"}, seed=0)
+
+
+def test_intervals_have_width_where_nothing_flips() -> None:
+    known = torch.arange(24) < 16
+    for before in (known, torch.ones(24)):
+        rows = {"closed book: c": before, "open book: o": before}
+        found = one_cut(rows, rows)
+        e, gap = found.retention("x", "open book: o"), found.gap("x")
+        assert float(e.value) == 1 and 0.75 < float(e.low) < 0.95 and 1 <= float(e.high) < 1.3
+        assert float(gap.value) == 0 and -0.4 < float(gap.low) < -0.05 and 0.05 < float(gap.high) < 0.4
+    unknown = one_cut({"logic: l": torch.zeros(4)}, {"logic: l": torch.ones(4)}).retention("x", "logic: l")
+    assert bool(unknown.low.isnan()) and bool(unknown.high.isnan())
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 0.97), (0.67, 0.97), (0.67, 0.6), (1.0, 0.0)])
+def test_intervals_of_retentions_hold_the_truth(share: float, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base is right with chance ``share``; the cut keeps ``kept`` of that, and is right by chance in a tenth of what base does not know."""
+    monkeypatch.setattr(tables, "DRAWS", 2000)
+    draw, held, n, times = torch.Generator().manual_seed(1), 0, 24, 300
+    for _ in range(times):
+        before = torch.rand(n, generator=draw) < share
+        after = torch.rand(n, generator=draw) < torch.where(before, kept, 0.1)
+        e = one_cut({"logic: l": before}, {"logic: l": after}).retention("x", "logic: l")
+        held += bool(e.low <= kept + 0.1 * (1 - share) / share <= e.high)
+    assert held >= 0.9 * times
+
+
+@pytest.mark.parametrize(("n", "kept"), [(24, 0.99), (24, 0.97), (24, 0.9), (120, 0.97)])
+def test_intervals_of_the_gap_hold_zero(n: int, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "DRAWS", 2000)
+    draw, held, times = torch.Generator().manual_seed(2), 0, 200
+    rows = ("arithmetic: a", "closed book: f", "open book: b", "open book: c", "open book: d", "logic: l", "logic: i")
+    for _ in range(times):
+        after = {row: torch.rand(n, generator=draw) < kept for row in rows}
+        gap = one_cut({row: torch.ones(n) for row in rows}, after).gap("x")
+        held += bool(gap.low <= 0 <= gap.high) and bool(gap.low < gap.high)
+    assert held >= 0.9 * times
 
 
 def test_the_tables_say_what_was_measured() -> None:
@@ -151,8 +228,8 @@ def test_the_tables_say_what_was_measured() -> None:
     row = frame[frame.row == "arithmetic: a"].iloc[0]
     assert (row["base"], row["after"], row["value"]) == (0.75, 0.25, pytest.approx(1 / 3))
     text = tables.printed(found)
-    assert "0.50 [" in text and "1.11 [" in text and text.splitlines()[-1].endswith("a setting")
-    assert len(found.to_frame(per="prompt")) == 2 * (8 * 4 + 3 + 3 + 4)
+    assert "0.50 [" in text and "1.14 [" in text and text.splitlines()[-1].endswith("a setting")
+    assert len(found.to_frame(per="prompt")) == 2 * (8 * 4 + 3 + 3 + 3 + 4)
     assert "leaves 0 [0," in found.summary() and list(found.figures()) == ["x"]
 
 
@@ -166,16 +243,48 @@ def test_the_answer_follows_from_the_numbers() -> None:
     found.chosen = dict.fromkeys(names, "a setting")
     found.table = MemorisationResult(values=values, settings=found.chosen, seed=0)
     lines = study.verdict(found)
-    assert lines[0].startswith("Reached, strongest setting (a setting): 0 [0, 0.49] of the strict recitation")
-    assert "sharp end removed 1.00 at 1.105;" in lines[1] and "random pairs 0.00 at 2.718;" in lines[1]
+    assert lines[0].startswith("Reached, and by no control, strongest setting (a setting): 0 [0, 0.4")
+    assert "sharp end removed 1.00 at 1.137;" in lines[1] and "random pairs 0.00 at 2.718;" in lines[1]
     assert "no setting within the limit suppresses: sharp end removed, singular values, rectangular" in lines[1]
     assert "closed-book facts fall more" in lines[2] or "beyond noise" in lines[2]
     assert lines[3] == "No setting suppresses recitation within the limit (mildest)."
     values[f"{names[0]} | {study.HELD}"] = torch.tensor([0, 1, 0, 0], dtype=torch.float64)
-    assert study.verdict(found)[0].startswith("Not reached")
+    assert study.verdict(found)[0].startswith("Not reached, nor by any control, strongest")
     values[f"{names[0]} | {study.HELD}"] = torch.zeros(4, dtype=torch.float64)
     values[f"{names[2]} | {TEXT}"] = table.of("x", TEXT)
-    assert "random pairs 0.00 at 1.105 (does it too)" in study.verdict(found)[1]
+    assert study.verdict(found)[0].startswith("Reached, and by controls too (random pairs), strongest")
+    assert "random pairs 0.00 at 1.137 (does it too)" in study.verdict(found)[1]
+
+
+def test_a_random_control_is_as_many_draws_and_the_learnt_one_has_its_mark() -> None:
+    found, table = study.Found(), made()
+    name = "random pairs, strongest"
+    cuts = ["curvature, strongest", *(f"{name}{tables.DRAW}{i}" for i in (1, 2, 3)), study.SUBNET]
+    values = {k: v for k, v in table.values.items() if k.startswith(UNCUT)}
+    values |= {f"{cut} | {k.partition(' | ')[2]}": v for cut in cuts for k, v in table.values.items() if k.startswith("x | ")}
+    values[f"{cuts[2]} | {study.HELD}"] = torch.tensor([1, 1, 0, 0], dtype=torch.float64)
+    values[f"{cuts[3]} | {TEXT}"] = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
+    found.chosen, found.sizes = dict.fromkeys(cuts, "a setting"), "Chosen on 60."
+    found.table = MemorisationResult(values=values, settings=found.chosen, seed=0)
+    lines = study.verdict(found)
+    assert lines[0].startswith("Reached, and by controls too (random pairs (1 of 3 draws), balanced subnet), strongest setting")
+    spread = "random pairs 0.17 at 1.664 (mean of 3 draws, 0.00 to 0.50 at 1.137 to 2.718; 1 of them do it too)"
+    assert spread in lines[1]
+    assert "times the perplexity (does it too)." in next(line for line in lines if line.startswith("The learnt baseline"))
+    assert "Chosen on 60." in lines
+    assert list(found.table.families()) == [cuts[0], name, study.SUBNET] == list(found.table.figures())
+    row = found.table.strongest().query("row == @study.HELD and cut == @name").iloc[0]
+    assert (row["value"], row["low"], row["high"], row["after"]) == (pytest.approx(1 / 6), 0, 0.5, pytest.approx(1 / 6))
+    assert row["what"] == "retention, mean of 3 draws, least and most"
+    assert set(found.table.to_frame()["cut"]) == set(cuts) and "of 3 random draws their mean" in tables.printed(found.table)
+    assert len(found.table.figures()[name].data) == 3
+
+
+def test_a_model_has_another_name_for_a_while(base) -> None:
+    with pytest.raises(ZeroDivisionError), study._called(base, "base with x"):
+        assert base.name == "base with x"
+        _ = 1 / 0
+    assert base.name == "base"
 
 
 # ---- the learnt baseline
@@ -219,6 +328,9 @@ def test_a_quick_run_writes_the_page(tmp_path, capsys) -> None:
     told, page = capsys.readouterr().out, (tmp_path / "memorisation.html").read_text(encoding="utf-8")
     for what in ("strict recitation of held-out canaries", "Controls, share of held-out recitation left", "The learnt baseline"):
         assert what in told and what in page, what
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert len(set(headings)) == len(headings) and sum(h.startswith("Recitation: ") for h in headings) >= 2
+    assert "Chosen on 8 canaries and 8 texts; tested on 16 other canaries" in told and " pairs removed)" in told
     assert "gate+in of 0" in told and "perplexity ratio" in told
     with pytest.raises(SystemExit):
         study.main(["--n", "3"])

@@ -261,5 +261,8 @@ def test_bad_input(pair) -> None:
         interp.recitation(pair, plain, tail=1, stress=90)
     with pytest.raises(InputError, match="clean or the corrupt"):
         interp.recitation(pair, interp.task("ioi").generate(pair, 2))  # type: ignore[arg-type]
+    for given in (["text"], "text", [[3, 4]]):
+        with pytest.raises(InputError, match="^recitation needs Prompts, such as a task generates, not a (list|str)$"):
+            interp.recitation(pair, given, tail=2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="target of prompt 1 is empty"):
         interp.recitation(pair, drawn(pair, [("The ring", " is"), ("The cup", "")]))

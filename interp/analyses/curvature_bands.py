@@ -300,6 +300,9 @@ def _check(ends: Sequence[float], tokens: str, skip: int, clean: object, memoris
         raise InputError(f"skip is {skip!r}, expected a whole number from 0")
     if isinstance(clean, PromptPairs) or isinstance(memorised, PromptPairs):
         raise InputError("curvature_bands reads one text at a time; give the clean or the corrupt prompts of the pairs")
+    for name, given in zip(SETS, (clean, memorised), strict=True):
+        if not isinstance(given, Prompts):
+            raise InputError(f"{name} of curvature_bands are Prompts, such as a task generates, but a {type(given).__name__} came")
 
 
 def _rows(model: HookedModel, prompts: Prompts, tokens: str, skip: int) -> Rows:

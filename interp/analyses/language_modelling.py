@@ -66,7 +66,7 @@ class LanguageModellingResult(Result):
 
     @property
     def ratio(self) -> Estimate:
-        """Perplexity of tuned over that of base, on the same blocks.
+        """``perplexity`` of tuned over that of base, over all tokens of the same blocks.
 
         Raises:
             InputError: there is only one model.
@@ -90,7 +90,7 @@ class LanguageModellingResult(Result):
         )
         if len(self.sides) == 1:
             return told
-        return f"{told}, ratio {self.ratio}; nDCG@{self.k} of tuned's predictions against base's {self.agreement}"
+        return f"{told}, ratio over tokens {self.ratio}; nDCG@{self.k} of tuned's predictions against base's {self.agreement}"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per side; ``per="prompt"``: one per block.

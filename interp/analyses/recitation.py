@@ -222,6 +222,8 @@ def recitation(model: HookedModel | ModelPair, prompts: Prompts, *, tail: int = 
     """
     if isinstance(prompts, PromptPairs):
         raise InputError("recitation goes on with one text at a time; give the clean or the corrupt prompts of the pairs")
+    if not isinstance(prompts, Prompts):
+        raise InputError(f"recitation needs Prompts, such as a task generates, not a {type(prompts).__name__}")
     if isinstance(stress, bool) or not isinstance(stress, int) or stress < 0:
         raise InputError(f"stress is a number of tokens, from 0; got {stress!r}")
     reader = next(iter(model.sides()))[1]

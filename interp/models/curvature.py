@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,9 @@ from torch import Tensor
 from interp import linalg
 from interp.errors import InputError
 from interp.models import weights
+from interp.models.factors import Factors
+from interp.models.linear_maps import listed
 from interp.sites import Site
-
-if TYPE_CHECKING:
-    from interp.models.factors import Factors
 
 _BLOCK = 2**22  # coordinates held at a time
 
@@ -287,13 +286,15 @@ def wanted_sites(factors: Factors, layers: int | Sequence[int] | None = None, mo
     """Sites of factors in the layers and modules asked for, layer by layer; None is all that have factors.
 
     Raises:
-        InputError: a layer or a module without factors; those that have some are listed.
+        InputError: no factors, or a layer or a module without them; those that have some are listed.
     """
+    if not isinstance(factors, Factors):
+        raise InputError(f"factors are what kfac_factors returns or Factors.open(folder) opens, but {factors!r} came")
     have = [site for site in factors.sites if site.layer is not None]
     known = {"layers": sorted({int(s.layer) for s in have if s.layer is not None}), "modules": _ordered({s.component for s in have})}
     asked = {
-        "layers": known["layers"] if layers is None else [layers] if isinstance(layers, int) else list(layers),
-        "modules": known["modules"] if modules is None else [modules] if isinstance(modules, str) else list(modules),
+        "layers": known["layers"] if layers is None else listed(layers, "layers"),
+        "modules": known["modules"] if modules is None else listed(modules, "modules"),
     }
     for what, values in asked.items():
         if not values:

@@ -63,9 +63,9 @@ def kfac_factors(
     distribution, the mean of (g g^T) kron (x x^T) over draws is a block of the Fisher matrix, which for cross-entropy is the Gauss-Newton
     matrix, and G kron A stands for it; with the tokens that follow in the text ("gold") it is another matrix. Nothing is centred or damped.
 
-    The work is saved now and then: called again after a kill, with the same prompts, it goes on. Called with more prompts when it was
-    done, it adds them to the sums, as if all had come at once. Draws are keyed by (seed, prompt, position), so neither changes them,
-    nor does the size of a pass. Weight edits in force count. The model is left as it came.
+    The work is saved now and then: called again after a kill, with the same prompts, it goes on; when it was done, they are returned as
+    they are. Called with other prompts then, it adds them to the sums, as if all had come at once. Draws are keyed by (seed, prompt,
+    position), so neither changes them, nor does the size of a pass. Weight edits in force count. The model is left as it came.
 
     Args:
         model: the model.
@@ -80,8 +80,8 @@ def kfac_factors(
 
     Raises:
         InputError: no such module or layer, or one tensor in two blocks; no position with a next token; a prompt whose loss is not
-            finite; a folder that holds factors of something else, or of some of these prompts and not just these; activation edits or
-            patches in force.
+            finite; a folder that holds factors of something else, of other settings, or of some of these prompts and not just these;
+            activation edits or patches in force.
     """
     if labels not in ("sampled", "gold"):
         raise InputError(f"labels are 'sampled' or 'gold', not {labels!r}")
@@ -101,9 +101,13 @@ def kfac_factors(
         identity = {"fingerprint": model.fingerprint, "edits": list(model.active_edits), "labels": labels, "seed": seed}
         identity |= {"sites": list(map(str, wanted)), "dtype": str(model.dtype).removeprefix("torch."), "version": _VERSION}
         body = _begin(path, identity, batch, maps, model, groups)
-        for number in range(len(body["groups"])):
-            _Collection(model, plain, maps, batch, path, body, number).run()
-    return _finish(path, body, model, identity)
+        if not body["complete"]:
+            for number in range(len(body["groups"])):
+                _Collection(model, plain, maps, batch, path, body, number).run()
+            _finish(path, body, model, identity)
+    found = Factors.open(path)
+    _warn(found, model)
+    return found
 
 
 @contextmanager
@@ -123,8 +127,8 @@ def _full_precision() -> Iterator[None]:
 def _begin(
     path: Path, identity: dict[str, Any], batch: Batch, maps: list[Linear], model: HookedModel, groups: int | None
 ) -> dict[str, Any]:
-    """The index to go on from: a new one, that of an interrupted collection, or one with more prompts than before."""
-    rows = [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16] for row in batch.rows()]
+    """The index to go on from: a new one, that of an interrupted collection, one with more prompts than before, or one that is complete."""
+    rows = _row_digests(batch)
     body = read_index(path)
     if body is None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -136,6 +140,8 @@ def _begin(
         raise InputError(f"{path} holds factors that were made by hand, and nothing can be added to them")
     elif other := [key for key, value in identity.items() if body["identity"].get(key) != value]:
         raise InputError(f"{path} holds factors of something else (other {', '.join(other)}); choose another folder")
+    elif body["complete"] and body["rows"] == rows:
+        return body
     elif body["complete"]:
         if known := sorted(set(body["rows"]) & set(rows)):
             first = rows.index(next(r for r in rows if r in known))
@@ -161,6 +167,19 @@ def _begin(
     return body
 
 
+def prompts_digest(batch: Batch) -> str:
+    """What ``meta["prompts_digest"]`` is of factors of just these prompts, in this order."""
+    return _digest_of(_row_digests(batch))
+
+
+def _row_digests(batch: Batch) -> list[str]:
+    return [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16] for row in batch.rows()]
+
+
+def _digest_of(rows: list[str]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def _bytes(m: Linear) -> int:
     """What the sums of one map take."""
     return sum(map(triangle_bytes, m.outputs.values())) + (triangle_bytes(m.d_in) if m.records else 0)
@@ -182,17 +201,21 @@ def _shares(maps: list[Linear], model: HookedModel, groups: int | None) -> list[
     return [part for part in found if part]
 
 
-def _finish(path: Path, body: dict[str, Any], model: HookedModel, identity: dict[str, Any]) -> Factors:
-    """Close the index, and say what the factors cannot tell."""
+def _finish(path: Path, body: dict[str, Any], model: HookedModel, identity: dict[str, Any]) -> None:
+    """Close the index."""
     rows, n = body["rows"], body["groups"][0]["positions"]
     content = [identity, rows, sorted(body["sites"])]
     meta = {k: v for k, v in identity.items() if k not in ("fingerprint", "sites")} | {"model": model.name, "prompts": len(rows)}
-    meta |= {"prompts_digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), "sums": "float64 of float32 products"}
+    meta |= {"prompts_digest": _digest_of(rows), "sums": "float64 of float32 products"}
     meta["sums"] = "float64" if model.dtype == torch.float64 else meta["sums"]
     body |= {"n": n, "divisor": n, "meta": meta, "complete": True, "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
     order = {site: body["sites"][site] for site in identity["sites"]}
     write_index(path, body | {"sites": order})
-    found = Factors.open(path)
+
+
+def _warn(found: Factors, model: HookedModel) -> None:
+    """Say what the factors cannot tell."""
+    n = found.n
     sizes = {site: max(weights.weight_shape(site.component, model.shape)) for site in found.sites}
     widest = max(sizes, key=lambda site: sizes[site])
     if n < sizes[widest]:
@@ -200,7 +223,6 @@ def _finish(path: Path, body: dict[str, Any], model: HookedModel, identity: dict
         warnings.warn(
             f"{short}: the rest of the spectrum is 0 for want of data; at least {sizes[widest]} positions are needed", stacklevel=3
         )
-    return found
 
 
 # ------------------------------------------------------------------------------------------- the passes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,20 +53,33 @@ def matrix_sites(model: HookedModel, modules: Sequence[str] | None, layers: Sequ
     if not weights.known(shape):
         raise InputError(f"the matrices of {shape.architecture} are not known; known: {', '.join(sorted(weights.FAMILIES))}")
     known = weights.modules(shape)
-    asked = known if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
+    asked = known if modules is None else listed(modules, "modules")
     for name in asked:
         if name in ("W_U", "W_E"):
             tied = "they are one tensor here (tied), read at both ends; " if shape.tied else ""
             raise InputError(f"{name} has no factors: {tied}the matrices within blocks have some: {', '.join(known)}")
         if name not in known:
             raise InputError(f"{model.name} has no {name}; its matrices are {', '.join(known)}")
-    numbers = range(shape.n_layers) if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    numbers = range(shape.n_layers) if layers is None else listed(layers, "layers")
     for layer in numbers:
-        if not 0 <= layer < shape.n_layers:
-            raise InputError(f"{model.name} has no layer {layer}; it has 0 to {shape.n_layers - 1}")
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer not in range(shape.n_layers):
+            raise InputError(f"{model.name} has no layer {layer!r}; it has 0 to {shape.n_layers - 1}")
     if not asked or not numbers:
         raise InputError("no matrices were asked for: modules or layers are empty")
-    return [Site(m, layer) for layer in sorted(set(numbers)) for m in known if m in asked]
+    return [Site(m, layer) for layer in sorted(set(map(int, numbers))) for m in known if m in asked]
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Layers or modules as they are given: one of them, or several.
+
+    Raises:
+        InputError: what is neither.
+    """
+    if isinstance(values, int | str):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise InputError(f"{what} is one of them or a list, such as {'0,2' if what == 'layers' else 'W_in,W_out'}, but {values!r} came")
+    return list(values)
 
 
 def check_apart(model: Editing, sites: Sequence[Site]) -> None:
