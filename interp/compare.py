@@ -7,6 +7,7 @@ imports nothing heavy: ``import interp`` does so.
 from __future__ import annotations
 
 import os
+import tempfile
 import time as clock
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InputError
 from interp.inputs import Loading, Session
 from interp.names import AND
-from interp.plan import OF_CIRCUITS, Comparison, Gap, Row, Speed, Step, Work
+from interp.plan import OF_BEST, OF_CIRCUITS, Comparison, Gap, Row, Speed, Step, Work
 from interp.request import Effort, Request
 
 if TYPE_CHECKING:
@@ -72,9 +73,6 @@ SEARCHED = {"quick": 24, "normal": 64, "full": 200}
 PLAN = (
     Row("pair_check", None, {}, lambda s: Work(passes=1, saved=2**16)),
     Row("weight_delta", None, {}, lambda s: Work(passes=3, saved=2**18)),
-    Row("head_svd", None, {}, lambda s: Work(passes=100, saved=300 * s.layers * s.heads)),
-    Row("composition", None, {}, lambda s: Work(passes=15 + s.layers * s.heads / 10, saved=2000 * s.layers * s.heads), settings=_reading),
-    Row("intruder_dimensions", None, {}, lambda s: Work(passes=60, saved=2**18)),
     Row(
         "token_divergence",
         "text",
@@ -89,17 +87,55 @@ PLAN = (
         draws=True,
     ),
     Row(
+        "completions",
+        "sets",
+        {"quick": 2, "normal": 3, "full": 6},
+        lambda s: Work(tokens=s.prompts * (1500 + 6 * s.length), saved=4000 * s.prompts),
+    ),
+    Row(
+        "token_shift",
+        "text",
+        {"quick": 32, "normal": 64, "full": 512},
+        lambda s: Work(tokens=15 * s.prompts * s.length, saved=2**20),
+    ),
+    Row(
+        "activation_difference",
+        "text",
+        {"quick": 16, "normal": 48, "full": 256},
+        lambda s: Work(tokens=(15 + 20 * min(s.layers, 8)) * s.prompts * s.length, saved=2**20),
+    ),
+    Row(
+        "logit_lens",
+        "task or text",
+        {"quick": 32, "normal": 64, "full": 200},
+        lambda s: Work(tokens=3 * s.prompts * s.length, saved=2**18),
+    ),
+    Row(
+        "logit_attribution",
+        "task or text",
+        {"quick": 32, "normal": 64, "full": 200},
+        lambda s: Work(tokens=3 * s.prompts * s.length, saved=16 * s.prompts * s.layers * s.heads),
+    ),
+    Row(
+        "attention_patterns",
+        "task or text",
+        {"quick": 16, "normal": 32, "full": 100},
+        lambda s: Work(tokens=8 * s.prompts * s.length, saved=2**20),
+    ),
+    Row(
+        "weight_path",
+        "task and text",
+        {"quick": 16, "normal": 48, "full": 200},
+        lambda s: Work(tokens=25 * s.prompts * s.length, saved=4000 * s.prompts),
+    ),
+    Row("head_svd", None, {}, lambda s: Work(passes=100, saved=300 * s.layers * s.heads)),
+    Row("composition", None, {}, lambda s: Work(passes=15 + s.layers * s.heads / 10, saved=2000 * s.layers * s.heads), settings=_reading),
+    Row("intruder_dimensions", None, {}, lambda s: Work(passes=60, saved=2**18)),
+    Row(
         "activation_patching",
         "best task",
         {"quick": 8, "normal": 16, "full": 100},
         lambda s: Work(tokens=0.2 * s.prompts * s.length * s.patches, saved=8 * s.prompts * s.patches),
-        settings=_patching,
-    ),
-    Row(
-        "cross_patching",
-        "best task",
-        {"quick": 8, "normal": 16, "full": 100},
-        lambda s: Work(tokens=0.2 * s.prompts * s.length * s.layers * s.heads, saved=8 * s.prompts * s.layers * s.heads),
         settings=_patching,
     ),
     Row(
@@ -132,6 +168,29 @@ PLAN = (
         settings=_evaluating,
         demanding=True,
     ),
+    Row(
+        "attention_knockout",
+        "best task",
+        {"normal": 16, "full": 64},
+        lambda s: Work(tokens=12 * s.prompts * s.length * s.layers * s.places, saved=24 * s.prompts * s.layers * s.places),
+        settings=_blocking,
+        demanding=True,
+    ),
+    Row(
+        "dcm",
+        "variables",
+        {"normal": 96, "full": 400},
+        lambda s: Work(tokens=40 * s.prompts * s.length, saved=100 * s.prompts),
+        demanding=True,
+        alone=True,
+    ),
+    Row(
+        "cross_patching",
+        "best task",
+        {"quick": 8, "normal": 16, "full": 100},
+        lambda s: Work(tokens=0.2 * s.prompts * s.length * s.layers * s.heads, saved=8 * s.prompts * s.layers * s.heads),
+        settings=_patching,
+    ),
     Row("circuit_overlap", "two circuits", SEARCHED, lambda s: Work(saved=2**14), demanding=True),
     Row(
         "circuit_transfer",
@@ -148,22 +207,6 @@ PLAN = (
         lambda s: Work(tokens=15 * s.prompts * s.length, saved=250 * s.prompts),
         settings=_crossing,
         demanding=True,
-    ),
-    Row(
-        "attention_knockout",
-        "best task",
-        {"normal": 16, "full": 64},
-        lambda s: Work(tokens=12 * s.prompts * s.length * s.layers * s.places, saved=24 * s.prompts * s.layers * s.places),
-        settings=_blocking,
-        demanding=True,
-    ),
-    Row(
-        "dcm",
-        "variables",
-        {"normal": 96, "full": 400},
-        lambda s: Work(tokens=40 * s.prompts * s.length, saved=100 * s.prompts),
-        demanding=True,
-        alone=True,
     ),
     Row(
         "cross_dcm",
@@ -186,6 +229,25 @@ PLAN = (
         lambda s: Work(tokens=3.5 * s.prompts * s.length, saved=500 * s.prompts),
         settings=_detecting,
     ),
+    Row(
+        "delta_curvature",
+        "factors",
+        {"normal": 64, "full": 256},
+        lambda s: Work(tokens=25 * s.prompts * s.length, passes=30, saved=4 * s.factors),
+        demanding=True,
+    ),
+    Row(
+        "recitation",
+        "canaries",
+        {"normal": 60, "full": 120},
+        lambda s: Work(tokens=3 * s.prompts * s.length, saved=500 * s.prompts),
+    ),
+    Row(
+        "language_modelling",
+        "text",
+        {"normal": 64, "full": 256},
+        lambda s: Work(tokens=3 * s.prompts * s.length, saved=2000 * s.prompts),
+    ),
 )
 """The comparison, in order. The cheap and certain comes first, so that what is there early is worth reading."""
 
@@ -200,6 +262,12 @@ GRAMMAR, SENTENCE = "plain_text", "plain_text(sentences=1)"
 
 PROSE = "plain_text(source=prose)"
 """What other models read when no file is given."""
+
+CANARIES = "recitation"
+"""What the shipped base was made to know by heart."""
+
+MUCH = 2e9
+"""Bytes of factors that are collected only with effort full."""
 
 LONG = 512
 """A context that holds every piece of prose."""
@@ -230,7 +298,7 @@ def compare(
         prompts: file of your own texts, instead of the shipped plain text.
         effort: ``quick``, ``normal`` or ``full``: how much data.
         time: minutes; what would take longer in all is skipped, with a warning.
-        only: names of analyses; all by default.
+        only: names of analyses, or of groups as ``first_look``; all by default.
         out: folder for the results and ``report.html``. Results that are already there are not computed
             again. None keeps nothing on disk and always computes.
         report: another name for the page.
@@ -290,6 +358,7 @@ class _Run:
         self.results: list[Result] = []
         self.gaps: list[Gap] = []
         self.started = clock.monotonic()
+        self.scratch: tempfile.TemporaryDirectory[str] | None = None
         self.speed: Callable[[], Speed] = lambda: Speed(0.0, 0.0)
 
     def all(self) -> Comparison:
@@ -337,9 +406,22 @@ class _Run:
             return self.against_text(row, tuned, n)
         if row.source in OF_CIRCUITS:
             return self.of_circuits(row, tuned, n)
-        on = {None: lambda: [""], "text": lambda: [self.text(tuned)], "task": lambda: self.tasks, "best task": self.pairs}[row.source]()
-        made = [Step(row, self.request.base, tuned, written, _at_most(n, written)) for written in on]
-        return [s for s in made if self.paired(s)] if row.source == "best task" else made
+        on = {
+            None: lambda: [""],
+            "text": lambda: [self.text(tuned)],
+            "factors": lambda: [self.text(tuned)],
+            "canaries": lambda: [CANARIES] if self.request.shipped else [],
+            "task": lambda: self.tasks,
+            "best task": self.pairs,
+            "task or text": lambda: self.pairs() or [self.text(tuned)],
+            "task and text": lambda: self.tasks,
+        }[row.source]()
+        against = self.text(tuned) if row.source == "task and text" else ""
+        made = [Step(row, self.request.base, tuned, written, _at_most(n, written, against), against) for written in on]
+        if row.source not in OF_BEST:
+            return made
+        asked = [step for step in made if self.paired(step)]
+        return asked or (made[:1] if row.source == "task or text" and not self.tasks else [])
 
     def of_circuits(self, row: Row, tuned: Any, n: int) -> list[Step]:
         """One step per task that may be the best one; which circuits were found is known later."""
@@ -374,7 +456,7 @@ class _Run:
         try:
             self.session.prompts(on, pair, _at_most(n, on))
         except InputError as error:
-            gap = Gap(f"TuCo on {on}", str(error), failed=on in self.request.tasks)
+            gap = Gap(f"the prompts of {on}", str(error), failed=on in self.request.tasks)
             if gap not in self.gaps:
                 self.miss(gap)
             return False
@@ -409,11 +491,54 @@ class _Run:
 
     def choice(self, row: Row, steps: Sequence[Step], found: Sequence[Any]) -> Sequence[Step]:
         """The steps of a row, or the one that what was found so far chooses."""
-        if row.source == "best task":
+        if row.source in OF_BEST:
             return self.best(steps, found)
         if row.source in OF_CIRCUITS:
             return self.with_circuits(row, steps, next((r for r in found if r.meta.analysis == "circuit_discovery"), None))
+        if row.source == "factors":
+            return [made for step in steps if (made := self.with_factors(step)) is not None]
         return self.most_changed(steps, found) if row.chosen else steps
+
+    def with_factors(self, step: Step) -> Step | None:
+        """The step with the factors of base, which are collected unless they are there; None where that would be too much."""
+        from interp.models.kfac import kfac_factors
+
+        try:
+            if (ready := self.collected(step)) is not None:
+                return ready
+            much = step.work(self.session).saved
+            why = f"the factors would take {size(much)}; --effort full collects them" if much > MUCH else None
+            if (why := self.too_long(step) or (why if self.request.effort != "full" else None)) is not None:
+                self.miss(Gap(str(step), why, failed=False))
+                return None
+            pair, place = self.session.pair(step.base, step.tuned), self.place_of_factors(step)
+            return self.given_factors(step, kfac_factors(pair.base, step.singles(self.session)[0], place))
+        except InputError as error:
+            self.miss(Gap(str(step), str(error), failed=False))
+            return None
+
+    def collected(self, step: Step) -> Step | None:
+        """The step with the factors that an earlier run collected, if it did; no weights are loaded to find out."""
+        from interp.models.factors import Factors
+
+        place = self.place_of_factors(step)
+        try:
+            found = Factors.open(place)
+        except InputError:
+            return None
+        return self.given_factors(step, found)
+
+    def given_factors(self, step: Step, factors: Any) -> Step:
+        """The step with its factors, and their folder where it stays."""
+        return replace(step, given={"factors": (factors, "" if self.request.out is None else str(factors.path))})
+
+    def place_of_factors(self, step: Step) -> Path:
+        """The folder of the factors of a base over a text: among what is kept, or one that goes when all is done."""
+        pair = self.session.pair(step.base, step.tuned)
+        if self.scratch is None and self.request.out is None:
+            self.scratch = tempfile.TemporaryDirectory(prefix="interp-")
+        root = Path(self.scratch.name) if self.scratch is not None else Path(self.request.out or ".")
+        return root / "factors" / f"{pair.base.fingerprint[:8]}-{step.singles(self.session)[0].digest[:8]}"
 
     def with_circuits(self, row: Row, steps: Sequence[Step], search: Any) -> list[Step]:
         """The step with the circuits that a search found; none where it found none, or where there are no fresh prompts."""
@@ -426,10 +551,10 @@ class _Run:
         if empty := [side for side in names.values() if not found[side].nodes]:
             self.miss(Gap(row.analysis, f"no heads were found in {' and '.join(empty)}", failed=False))
             return []
-        circuits = {name: (found[side], self.written(found[side])) for name, side in names.items()}
+        given = {name: (found[side], self.written(found[side])) for name, side in names.items()}
         if row.source == "two circuits":
-            return [replace(step, circuits=circuits) for step in steps]
-        asked = [replace(step, circuits=circuits) for step in steps if step.on == search.meta.inputs[0].get("task")][:1]
+            return [replace(step, given=given) for step in steps]
+        asked = [replace(step, given=given) for step in steps if step.on == search.meta.inputs[0].get("task")][:1]
         if row.source == "variables":
             asked = [replace(step, on=on) for step in asked for on in _of_variables(step.on)]
         made = [step for step in (self.fresh(step, search.contexts) for step in asked) if step is not None]
@@ -467,6 +592,8 @@ class _Run:
         if not accuracy:  # no task was scored in this run: the first one that was named
             return list(steps[:1])
         able = [s for s in steps if s.on not in accuracy or bool(accuracy[s.on].above_chance.any())]
+        if not able and steps and steps[0].row.source == "task and text":
+            able = list(steps)  # the text is worth reading all the same
         if not able:
             for step in steps[:1]:
                 why = "neither model is above chance on a task with clean and corrupt prompts, so there is nothing to restore"
@@ -519,6 +646,8 @@ class _Run:
         from interp import analyses
 
         try:
+            if step.row.source == "factors":
+                step = self.collected(step) or step
             return self.kept(analyses.find(step.row.analysis), *step.arguments(self.session)) is not None
         except InputError:
             return False  # running the step says why
@@ -566,6 +695,8 @@ class _Run:
         """Write the report."""
         if self.request.page is None:
             return None
+        from interp.analyses import GROUPS
+        from interp.columns import side_by_side
         from interp.report import write_report
         from interp.verdict import cautions, verdict
 
@@ -578,7 +709,16 @@ class _Run:
         models = [r.meta.models for r in self.results if r.meta.models]  # what compares circuits alone has none
         names = " and ".join(dict.fromkeys(found[-1]["name"] for found in models))
         title = f"What fine-tuning changed: {models[0][0]['name']} → {names}" if models else "What fine-tuning changed"
-        return write_report(self.results, self.request.page, title=title, verdict=told, warnings=known, plan=[str(g) for g in self.gaps])
+        return write_report(
+            self.results,
+            self.request.page,
+            title=title,
+            verdict=told,
+            warnings=known,
+            plan=[str(gap) for gap in self.gaps],
+            columns=side_by_side(self.results),
+            parts=GROUPS,
+        )
 
 
 _SIDES: dict[str, dict[str, str]] = {

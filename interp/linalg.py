@@ -6,6 +6,7 @@ Matrices are [rows, cols]; norms are taken in float64 whatever the dtype; singul
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -203,6 +204,78 @@ def product_change(left: Tensor, right: Tensor, new_left: Tensor, new_right: Ten
     both = (d.mT @ left) * (new_right @ e.mT)  # <d new_right, left e>, entry by entry of [rank, rank]
     squares = (d.mT @ d) * (new_right @ new_right.mT) + 2 * both + (left.mT @ left) * (e @ e.mT)
     return squares.sum((-2, -1)).clamp(min=0).sqrt()
+
+
+# ---- similarity of representations
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSums:
+    """What the unbiased HSIC of two linear kernels needs of the tokens beside ``X^T Y``; sums of parts of the tokens add up to it.
+
+    Attributes:
+        n: tokens.
+        x: sum of the rows of X.
+        y: the same of Y.
+        x_weighted: sum of x |y|^2.
+        y_weighted: sum of y |x|^2.
+        squares: sums of |x|^2, of |y|^2 and of |x|^2 |y|^2.
+    """
+
+    n: int
+    x: Float[Tensor, " d_x"]
+    y: Float[Tensor, " d_y"]
+    x_weighted: Float[Tensor, " d_x"]
+    y_weighted: Float[Tensor, " d_y"]
+    squares: Float[Tensor, "3"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> KernelSums:
+        """Of some tokens."""
+        a, b = x.square().sum(1), y.square().sum(1)
+        return cls(len(x), x.sum(0), y.sum(0), b @ x, a @ y, torch.stack([a.sum(), b.sum(), a @ b]))
+
+    def __add__(self, other: KernelSums) -> KernelSums:
+        """Of these tokens and those."""
+        names = ("n", "x", "y", "x_weighted", "y_weighted", "squares")
+        return KernelSums(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+def unbiased_hsic(cross: Float[Tensor, "d_x d_y"], sums: KernelSums) -> float:
+    """Unbiased HSIC of two linear kernels (Song et al. 2012, eq. 5) from sums over the tokens; NaN for fewer than four.
+
+    With K and L the kernels without their diagonals it is
+    ``(tr K L + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1) / (n (n-3))``, and each of these follows from ``X^T Y`` and the sums.
+
+    Args:
+        cross: ``X^T Y``, of rows that need not be centred.
+        sums: of the same tokens.
+    """
+    n, (a, b, ab) = sums.n, sums.squares
+    if n < 4:
+        return math.nan
+    product = cross.square().sum() - ab
+    ends = (sums.x.square().sum() - a) * (sums.y.square().sum() - b)
+    rows = sums.x @ cross @ sums.y - sums.x @ sums.x_weighted - sums.y @ sums.y_weighted + ab
+    return float((product + ends / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3)))
+
+
+def cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"], *, unbiased: bool = True) -> float:
+    """Linear CKA of two representations of the same tokens (Kornblith et al. 2019): 1 for a rotated or scaled copy.
+
+    The biased form is near 1 for independent data of fewer tokens than dimensions; the unbiased one is 0 there on average, and may be
+    negative. NaN where one side does not vary, or for fewer than four tokens (unbiased).
+    """
+    x, y = x.double(), y.double()
+    x, y = x - x.mean(0), y - y.mean(0)  # changes neither, and loses fewer digits
+    pairs = ((x, y), (x, x), (y, y))
+    both, one, other = (unbiased_hsic(p.T @ q, KernelSums.of(p, q)) if unbiased else float((p.T @ q).square().sum()) for p, q in pairs)
+    return aligned(both, one, other)
+
+
+def aligned(both: float, one: float, other: float) -> float:
+    """``both / sqrt(one other)``; NaN where one of these is not positive."""
+    return both / math.sqrt(one * other) if one > 0 and other > 0 else math.nan
 
 
 # ---- rounding

@@ -14,13 +14,28 @@ from interp.inputs import Session, stamp
 from interp.names import AND
 
 if TYPE_CHECKING:
-    from interp.circuit import Circuit
     from interp.models import HookedModel, ModelPair
     from interp.results import Result
 
 Source = Literal[
-    "text", "task", "best task", "sets", "against text", "circuit", "tuned circuit", "two circuits", "both circuits", "variables"
+    "text",
+    "task",
+    "best task",
+    "task or text",
+    "task and text",
+    "sets",
+    "against text",
+    "circuit",
+    "tuned circuit",
+    "two circuits",
+    "both circuits",
+    "variables",
+    "factors",
+    "canaries",
 ]
+OF_BEST = ("best task", "task or text", "task and text")
+"""Sources that take the task which tuning taught best."""
+
 OF_CIRCUITS = ("circuit", "tuned circuit", "two circuits", "both circuits", "variables")
 """Sources that take what circuit_discovery found."""
 
@@ -37,6 +52,7 @@ class Sizes:
         places: named positions of a prompt.
         layers: of the model.
         heads: of a layer.
+        factors: numbers in the Kronecker factors of all matrices of the blocks.
     """
 
     prompts: int = 0
@@ -44,6 +60,7 @@ class Sizes:
     places: int = 1
     layers: int = 1
     heads: int = 1
+    factors: float = 0
 
     @property
     def patches(self) -> int:
@@ -73,11 +90,13 @@ class Row:
     Attributes:
         analysis: its name; its first input is the pair.
         source: where its second input comes from: ``text`` (the user's prompts or shipped plain text),
-            ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``sets`` (text and all tasks, mixed),
+            ``task`` (one step per task), ``best task`` (the one that tuning taught best), ``task or text`` (the same, and text where no
+            task was named), ``task and text`` (the same, and text as the third input), ``sets`` (text and all tasks, mixed),
             ``against text`` (the task that tuning changed most, and text as the third input), ``circuit`` (fresh prompts of the
             best task, and the circuit of base that was found on it), ``tuned circuit`` (the same with that of tuned),
             ``two circuits`` (those of base and tuned, and no pair), ``both circuits`` (fresh prompts of the best task, and both),
-            ``variables`` (fresh prompts of the best task for each of its variables, and the circuit of tuned), or none.
+            ``variables`` (fresh prompts of the best task for each of its variables, and the circuit of tuned), ``factors`` (the
+            Kronecker factors of base over text, and that text), ``canaries`` (what the shipped base was made to recite), or none.
         prompts: number of prompts at each effort; at an effort that is not there the row is left out.
         work: what a step takes.
         draws: it takes the task itself and draws as many prompts as its setting ``n`` says.
@@ -102,7 +121,7 @@ class Row:
     @property
     def chosen(self) -> bool:
         """Of its steps only one is taken, by what was found before."""
-        return self.source in ("best task", "against text", *OF_CIRCUITS)
+        return self.source in (*OF_BEST, "against text", *OF_CIRCUITS)
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,7 @@ class Step:
         n: number of prompts; of each set where there are two.
         against: what was written for the prompts it is told from; empty where there are none.
         seed: of its prompts.
-        circuits: what was found by a step before, by the name of the input; files as they were written, if they were.
+        given: circuits that a step before found, or factors that were collected, by the name of the input; the files, if there are any.
     """
 
     row: Row
@@ -157,7 +176,7 @@ class Step:
     n: int = 0
     against: str = ""
     seed: int = 0
-    circuits: Mapping[str, tuple[Circuit, str]] = field(default_factory=dict)
+    given: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Analysis and input, for a person."""
@@ -170,7 +189,7 @@ class Step:
         """The same, before anybody knows which task it will be."""
         if self.row.source == "sets":
             return f"{self.row.analysis} on {self.on.count(AND) + 1} sets of prompts"
-        which: dict[str | None, str] = dict.fromkeys(("best task", *OF_CIRCUITS), "the task learned best")
+        which: dict[str | None, str] = dict.fromkeys((*OF_BEST, *OF_CIRCUITS), "the task learned best")
         del which["two circuits"]
         which["variables"] = "each variable of the task learned best"
         which["against text"] = f"the task changed most, against {self.against}"
@@ -184,19 +203,29 @@ class Step:
         """
         from interp.tasks import task
 
-        pair, circuits = session.pair(self.base, self.tuned), [circuit for circuit, _ in self.circuits.values()]
+        pair, given = session.pair(self.base, self.tuned), [value for value, _ in self.given.values()]
         if self.row.source is None:
             return [pair], {}
-        if self.row.source in OF_CIRCUITS and not circuits:
-            raise InputError("no circuit was found before")
+        if self.row.source in (*OF_CIRCUITS, "factors") and not given:
+            raise InputError("no circuit was found, or no factors collected, before")
         if self.row.source == "two circuits":
-            return circuits, {}
+            return given, {}
         if self.row.draws:
             return [pair, task(self.on)], {"n": self.n}
         prompts = session.prompts(self.on, pair, self.n, self.seed)
-        if self.row.source in ("best task", *OF_CIRCUITS):
-            return [pair.tuned if self.row.alone else pair, prompts, *circuits], self.row.settings(prompts)
+        if self.row.source in ("best task", "task or text", *OF_CIRCUITS):
+            return [pair.tuned if self.row.alone else pair, prompts, *given], self.row.settings(prompts)
+        if self.row.source == "factors":
+            return [pair, *given, *self.singles(session)], self.row.settings(prompts)
         return [pair, *self.singles(session)], self.row.settings(prompts)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Parameter -> what was written for it."""
+        if not self.against:
+            return {"prompts": self.on}
+        names = ("prompts", "text") if self.row.source == "task and text" else ("positive", "negative")
+        return dict(zip(names, (self.on, self.against), strict=True))
 
     def singles(self, session: Session) -> list[Any]:
         """Its sets of prompts, of pairs the clean ones."""
@@ -209,26 +238,26 @@ class Step:
         sides = (("model", self.tuned),) if self.row.alone else (("base", self.base), ("tuned", self.tuned))
         models = {side: what for side, what in sides if isinstance(what, str)}
         n: Any = self.n or None
-        written: Any = {"positive": self.on, "negative": self.against} if self.against else self.on if self.row.source else ""
-        if self.circuits:
-            written, n = {"prompts": self.on} | {name: file for name, (_, file) in self.circuits.items()}, {"prompts": n}
+        written: Any = self.named if self.against else self.on if self.row.source else ""
+        if self.given:
+            written, n = {"prompts": self.on} | {name: file for name, (_, file) in self.given.items()}, {"prompts": n}
         return stamp(result, session.loading, models, prompts=written, n=n)
 
     def work(self, session: Session) -> Work:
         """What it takes, from the lengths of its prompts."""
         shape = session.pair(self.base, self.tuned).shape
         if not self.on:
-            return self.row.work(Sizes(layers=shape.n_layers, heads=shape.n_heads))
+            return self.row.work(Sizes(layers=shape.n_layers, heads=shape.n_heads, factors=_factors(shape)))
         some = self.singles(session)
         rows = [ids for prompts in some for ids in prompts.ids]
         places = sum(all(len(p) == 1 for p in where) for where in some[0].positions.values())
-        return self.row.work(Sizes(len(rows), sum(map(len, rows)) / len(rows), places, shape.n_layers, shape.n_heads))
+        return self.row.work(Sizes(len(rows), sum(map(len, rows)) / len(rows), places, shape.n_layers, shape.n_heads, _factors(shape)))
 
     def command(self, session: Session) -> str:
         """The line that runs this step alone; empty for models that are objects."""
         if not (isinstance(self.base, str) and isinstance(self.tuned, str)):
             return ""
-        files = [f"--{name}={file}" for name, (_, file) in self.circuits.items()]
+        files = [f"--{name}={file}" for name, (_, file) in self.given.items()]
         if self.row.source == "two circuits":
             return shlex.join(["interp", "run", self.row.analysis, *files])
         models = [f"--model={self.tuned}"] if self.row.alone else [f"--base={self.base}", f"--tuned={self.tuned}"]
@@ -236,11 +265,18 @@ class Step:
         if self.row.draws:
             words += [f"--task={self.on}", f"--n={self.n}"]
         elif self.on:
-            sets = {"positive": self.on, "negative": self.against} if self.against else {"prompts": self.on}
-            words += [word for side, written in sets.items() for word in (f"--{side}={written}", f"--{side}-n={self.n}")]
+            words += [word for side, written in self.named.items() for word in (f"--{side}={written}", f"--{side}-n={self.n}")]
             words += [f"--prompts-seed={self.seed}"] if self.seed else []
             words += [_flag(name.replace("_", "-"), value) for name, value in self.arguments(session)[1].items()]
         return shlex.join([*words, *files])
+
+
+def _factors(shape: Any) -> float:
+    """How many numbers the Kronecker factors have: a square of what each matrix reads, and one of what it writes."""
+    z, wide = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    maps = {"q": z, "k": wide, "v": wide, "up": shape.d_mlp} | ({"gate": shape.d_mlp} if shape.gated else {})
+    read = 2 * shape.d_model**2 + z**2 + shape.d_mlp**2  # before attention, before the MLP, before W_O and before W_out
+    return shape.n_layers * (read + sum(width**2 for width in maps.values()) + 2 * shape.d_model**2)
 
 
 def _flag(name: str, value: Any) -> str:

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from interp.analyses import GROUPS
 from interp.errors import InputError
 from interp.inputs import Loading, checked_prompts
 from interp.names import unknown
 
 Effort = Literal["quick", "normal", "full"]
+
+GROUP_WORDS = {heading.lower().replace(" ", "_"): names for heading, names in GROUPS.items()}
+"""``first_look`` and the like -> the analyses under that heading."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Request:
         prompts: file of the user's own texts, or None.
         effort: how much data.
         minutes: skip what would take longer in all; None is no limit.
-        only: names of analyses; empty is all.
+        only: names of analyses, or of groups of them as ``first_look``; empty is all.
         out: folder for results and page; None keeps nothing.
         report: the page, or None for ``report.html`` in ``out``.
         loading: how checkpoints are loaded.
@@ -68,9 +72,10 @@ class Request:
         Raises:
             InputError: an unknown name, a missing file, or a place that cannot be written.
         """
-        for name in self.only:
+        only = tuple(name for given in self.only for name in _members(given, analyses))
+        for name in only:
             if name not in analyses:
-                raise unknown("analysis in the comparison", name, analyses)
+                raise unknown("analysis in the comparison", name, (*analyses, *GROUP_WORDS))
         if self.effort not in get_args(Effort):
             raise unknown("effort", self.effort, get_args(Effort))
         if self.minutes is not None and not self.minutes > 0:
@@ -80,13 +85,13 @@ class Request:
             checked_prompts(self.prompts)
         self._check_places()
         if self.base is not None and self.tuned:
-            return replace(self, tasks=tasks)
+            return replace(self, tasks=tasks, only=only)
         if self.base is not None or self.tuned:
             raise InputError(f"a comparison needs a base and at least one tuned model, but only {self.base or self.tuned[0]} came")
         from interp.organisms import shipped_pair
 
         base, tuned = shipped_pair()
-        return replace(self, base=base, tuned=(tuned,), tasks=tasks)
+        return replace(self, base=base, tuned=(tuned,), tasks=tasks, only=only)
 
     def _check_places(self) -> None:
         if self.store is not None:
@@ -95,6 +100,12 @@ class Request:
             check_writable(self.page.parent)
             if self.page.is_dir():
                 raise InputError(f"{self.page} is a folder, but the page should go there")
+
+
+def _members(given: str, analyses: tuple[str, ...]) -> tuple[str, ...]:
+    """The analyses of a group that can be asked for; anything else as it is."""
+    names = GROUP_WORDS.get(given.strip().lower().replace(" ", "_").replace("-", "_"))
+    return (given,) if names is None else tuple(name for name in names if name in analyses)
 
 
 def _scored(written: str) -> str:

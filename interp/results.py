@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from interp.stats import Estimate
+
 __all__ = ["Analysis", "Meta", "Result", "analysis"]
 
 R = TypeVar("R", bound="Result")
@@ -70,6 +72,13 @@ class Result:
         Reports and notebooks show this table open, under the figures.
         """
         return None
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """What is compared between several tuned checkpoints: name with its unit -> side -> one number with its interval.
+
+        A change has the side ``tuned`` alone; in base it is 0 by definition. Ends that are not known are NaN.
+        """
+        return {}
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """A long table: one row per index of the main axes, one column per tensor on those axes.

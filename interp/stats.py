@@ -49,6 +49,17 @@ class Estimate:
         return "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
 
 
+def single(value: float, low: float = math.nan, high: float = math.nan) -> Estimate:
+    """One number with the ends of its interval, NaN where it has none."""
+    v, a, b = (torch.tensor(float(x), dtype=torch.float64) for x in (value, low, high))
+    return Estimate(v, a, b)
+
+
+def within(value: float, error: float | None) -> Estimate:
+    """One number with an interval of two standard errors on either side."""
+    return single(value) if error is None else single(value, value - 2 * error, value + 2 * error)
+
+
 def _numbers(values: object, what: str) -> Tensor:
     x = values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
     if x.ndim == 0 or x.shape[0] == 0:

@@ -10,19 +10,26 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from interp.analyses.activation_difference import ActivationDifferenceResult
     from interp.analyses.activation_patching import ActivationPatchingResult
     from interp.analyses.circuit_discovery import CircuitDiscoveryResult
     from interp.analyses.circuit_evaluation import CircuitEvaluationResult
     from interp.analyses.circuit_overlap import CircuitOverlapResult
     from interp.analyses.cmap import CmapResult
+    from interp.analyses.completions import CompletionsResult
     from interp.analyses.cross_patching import CrossPatchingResult
+    from interp.analyses.delta_curvature import DeltaCurvatureResult
+    from interp.analyses.logit_lens import LogitLensResult
     from interp.analyses.pair_check import PairCheckResult
     from interp.analyses.path_patching import PathPatchingResult
+    from interp.analyses.recitation import RecitationResult
     from interp.analyses.task_accuracy import TaskAccuracyResult
     from interp.analyses.token_divergence import TokenDivergenceResult
+    from interp.analyses.token_shift import TokenShiftResult
     from interp.analyses.tuco import TucoResult
     from interp.analyses.tuco_detection import TucoDetectionResult
     from interp.analyses.weight_delta import WeightDeltaResult
+    from interp.analyses.weight_path import WeightPathResult
     from interp.results import Result
 
 FEW_TEXTS = 30
@@ -47,19 +54,18 @@ def verdict(results: Sequence[Result]) -> list[str]:
     pairs = by_pair(results)
     told = []
     for name, found in pairs.items():
-        sentences = [*_identity(found), *_size(found), *_ledger(found), *_place(found), *_circuits(found), *_written(found)]
+        sentences = [sentence for part in _PARTS for sentence in part(found)]
         told += [f"{name}: {sentences[0]}", *sentences[1:]] if len(pairs) > 1 and sentences else sentences
     return told
 
 
 def cautions(results: Sequence[Result]) -> list[str]:
     """What a reader must know before believing the numbers, pair by pair."""
-    pairs = by_pair(results)
-    told = []
-    for name, found in pairs.items():
-        lines = [*_pair_cautions(found), *_rounding(found), *_small(found), *_silent(found)]
-        told += [f"{name}: {line}" for line in lines] if len(pairs) > 1 else lines
-    return told
+    told = {name: [*_pair_cautions(found), *_rounding(found), *_small(found), *_silent(found)] for name, found in by_pair(results).items()}
+    of: dict[str, list[str]] = {}
+    for name, line in ((name, line) for name, lines in told.items() for line in lines):
+        of.setdefault(line, []).append(name)
+    return [line if len(names) == len(told) else f"{', '.join(dict.fromkeys(names))}: {line}" for line, names in of.items()]
 
 
 def by_pair(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -193,6 +199,79 @@ def _place(found: Sequence[Any]) -> Iterator[str]:
         yield f"Straight paths: {d.summary().split(';')[0]} (n = {d.clean.shape[1]} pairs)."
 
 
+def _said(found: Sequence[Any]) -> Iterator[str]:
+    """What the models write, and which tokens tuning prefers."""
+    for completions in _of(found, "completions"):
+        c: CompletionsResult = completions
+        yield f"{_clause(c)}."
+    for shift in _of(found, "token_shift"):
+        t: TokenShiftResult = shift
+        n = int(t.positions.sum())
+        sure = [i for i in t.first("tuned") if float(t.p_adjusted[i]) < SIGNIFICANT][:4]
+        if t.nothing:
+            yield f"Over {n} positions of text no token is preferred by either model: no difference beyond rounding."
+        elif sure:
+            names = _join([repr(t.vocabulary[int(t.tokens[i])]) for i in sure])
+            yield f"Over {n} positions of text the tokens that tuning raised most often are {names}, beyond the noise between texts."
+        else:
+            yield f"Over {n} positions of text tuning raised no token beyond the noise between texts."
+
+
+def _inside(found: Sequence[Any]) -> Iterator[str]:
+    """How far the streams moved, and which layer, part and head made the answer another one."""
+    for difference in _of(found, "activation_difference"):
+        d: ActivationDifferenceResult = difference
+        moved = d.moved()
+        alone = (
+            "" if not float(moved.low[0]) > 0 else f"; adding the mean difference to base undoes {_share_of(moved)} of KL(tuned || base)"
+        )
+        yield f"{_clause(d)}{alone if d.beyond else ''}."
+    for lens in _of(found, "logit_lens"):
+        s: LogitLensResult = lens
+        if len(s.sides) == 2:
+            (base, *_), (tuned, *_) = (s.decision(side) for side in ("base", "tuned"))
+            same = ": no difference beyond rounding" if s.alike else ""
+            told = f"half of the answers on {_about(s)} are on top to stay from {_layer(tuned)} on in tuned and {_layer(base)} on in base"
+            yield f"Read layer by layer, {told}{same} (n = {s.n})."
+    for attribution in _of(found, "logit_attribution"):
+        if len(attribution.sides) == 2:
+            yield f"Of what writes the answer, {_clause(attribution)}."
+    for attention in _of(found, "attention_patterns"):
+        if len(attention.sides) == 2:
+            yield f"{_clause(attention)}."
+
+
+def _line(found: Sequence[Any]) -> Iterator[str]:
+    """Whether base and tuned are joined by a straight line on which nothing breaks."""
+    for path in _of(found, "weight_path"):
+        w: WeightPathResult = path
+        if w.nothing:
+            yield "On the straight line from base to tuned nothing changes beyond rounding."
+            continue
+        right = w.curve("right").value
+        inside = [i for i, alpha in enumerate(w.alphas) if 0 <= alpha <= 1]
+        rates = ", ".join(f"{float(right[i]):.0%} at {w.alphas[i]:g}" for i in inside)
+        barrier = w.barrier()
+        loss = "" if barrier is None else f"; the loss on text rises above that line by at most {barrier[1]} nats per token"
+        if barrier is not None and float(barrier[1].value) <= 0:
+            loss = "; the loss on text has no barrier on the way"
+        yield f"On the straight line from base to tuned right answers on {w.task} go {rates}{loss}."
+
+
+def _clause(result: Any) -> str:
+    """The main clause of a summary, up to the first bracket of details."""
+    return result.summary().split(" (")[0].split("; ")[0]
+
+
+def _layer(name: str) -> str:
+    return "no layer" if name == "never" else name
+
+
+def _share_of(estimate: Any) -> str:
+    value, low, high = (float(x[0]) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+
+
 def _circuits(found: Sequence[Any]) -> Iterator[str]:
     """The heads that were found in each model, what base's do in both, and how many the two share."""
     for search in _of(found, "circuit_discovery"):
@@ -265,6 +344,28 @@ def _written(found: Sequence[Any]) -> Iterator[str]:
         n = int(d.is_positive.sum())
         less = ", the first having less of it" if d.auc.value < 0.5 else ""
         yield f"TuCo tells {a} from {b} with AUC {_interval(d.auc)}{less} (n = {n} and {len(d.is_positive) - n})."
+
+
+def _learned(found: Sequence[Any]) -> Iterator[str]:
+    """Whether tuning moved the weights along sharp directions or flat ones, and what it did to texts known by heart."""
+    for curvature in _of(found, "delta_curvature"):
+        c: DeltaCurvatureResult = curvature
+        if not bool((c.change > 0).any()):
+            continue
+        times, spread = c.whole
+        way = "sharp directions" if times > 1 + 2 * spread else "flat directions" if times < 1 - 2 * spread else ""
+        told = f"tuning moved the weights along {way}" if way else "tuning's change is no sharper and no flatter than chance"
+        yield (
+            f"In the curvature of base's loss {told}: {times:.3g} times what a random change of the same norm gives "
+            f"(1 +- {spread:.1g}; {c.positions} positions)."
+        )
+    for reciting in _of(found, "recitation"):
+        r: RecitationResult = reciting
+        if len(r.sides) == 2:
+            before, after = (float(x.double().mean()) for x in r.strict)
+            lost, gained = (int((r.strict[a] & ~r.strict[b]).sum()) for a, b in ((0, 1), (1, 0)))
+            n = r.strict.shape[1]
+            yield f"Of {n} texts to be known by heart base recites {before:.0%} and tuned {after:.0%} ({lost} lost, {gained} gained)."
 
 
 def _about(result: Any) -> str:
@@ -369,3 +470,7 @@ def _pm(error: float | None) -> str:
 def _join(parts: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+_PARTS = (_identity, _size, _ledger, _said, _line, _inside, _place, _circuits, _written, _learned)
+"""What the sentences are about, in their order."""

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 # Under test, annotated shapes and types of the inner layers are checked at every call (of results always; where users give wrong
 # input on purpose, not); installed before anything of interp is imported.
-MODELS = ("running", "editing", "interventions", "generate", "changes", "restart")
+MODELS = ("running", "editing", "interventions", "generate", "contrast", "changes", "restart", "attribution")
 CHECKED = [f"interp.{m}" for m in ("linalg", "stats", "sweeps", *(f"models.{n}" for n in MODELS))]
 install_import_hook(CHECKED, "beartype.beartype")
 

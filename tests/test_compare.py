@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_checkpoints import tiny
 from tiny_pairs import copied, pair_of_prompts, save_pair, written
 
 import interp
@@ -34,7 +35,13 @@ FEW = {
     **dict.fromkeys(("circuit_discovery", "circuit_overlap"), 8),
     **dict.fromkeys(("circuit_evaluation", "circuit_transfer", "cmap", "attention_knockout"), 4),
     **dict.fromkeys(("dcm", "cross_dcm"), 12),
+    **dict.fromkeys(("delta_curvature", "recitation", "language_modelling"), 12),
+    **dict.fromkeys(("completions", "token_shift", "activation_difference"), 2),
+    **dict.fromkeys(("logit_lens", "logit_attribution", "attention_patterns", "weight_path"), 3),
 }
+
+EASY = ("attention_knockout", "delta_curvature")
+"""What may be left out elsewhere, and has all it needs here."""
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +87,7 @@ def test_the_plan_names_analyses_and_every_effort() -> None:
         assert (row.source is None) == (not row.prompts) and set(row.prompts) <= {"quick", "normal", "full"}
         if row.prompts:
             assert row.prompts.get("quick", 0) < row.prompts["normal"] < row.prompts["full"]
-        more, less = (row.work(Sizes(prompts=n, length=9, places=2, layers=3, heads=4)) for n in (20, 10))
+        more, less = (row.work(Sizes(prompts=n, length=9, places=2, layers=3, heads=4, factors=5)) for n in (20, 10))
         assert more.tokens >= less.tokens and more.saved > 0
 
 
@@ -107,9 +114,10 @@ def test_speed_adds_up() -> None:
 def test_everything_runs_once_and_is_found_again(cli, pair, small, pairs_file, monkeypatch) -> None:
     words = (*pair, "--task=ioi", "--prompts", pairs_file, "--out=o")
     code, out, err = cli(*words)
-    assert (code, err) == (0, "")
-    certain = [row.analysis for row in PLAN if not row.demanding or row.analysis == "attention_knockout"]  # it asks for no options
-    assert "left out: circuit_discovery" in out and "at least 6" in out and out.count("left out") == 1
+    assert code == 0 and [line for line in err.splitlines() if "positions give factors of at most that rank" not in line] == []
+    certain = [row.analysis for row in PLAN if row.source != "canaries" and (not row.demanding or row.analysis in EASY)]
+    assert "left out: circuit_discovery" in out and "at least 6" in out
+    assert [line for line in out.splitlines() if "left out" in line and "circuit_discovery" not in line] == []
     folders = sorted(p.parent for p in Path("o/results").rglob("result.json"))
     assert sorted(f.parent.name for f in folders) == sorted(certain)
     page = Path("o/report.html").read_text()
@@ -152,7 +160,7 @@ def test_several_tuned_models_are_all_on_the_page(cli, pair, small, tmp_path) ->
     code, out, _ = cli(pair[0], pair[1], other, "--only=pair_check,weight_delta", "--out=o")
     assert code == 0
     told = json.loads(Path("o/report.json").read_text())
-    assert [r["meta"]["models"][1]["name"] for r in told["results"]] == ["tuned", "tuned", "same", "same"]
+    assert [r["meta"]["models"][1]["name"] for r in told["results"]] == ["tuned", "same", "tuned", "same"]
     assert any(s.startswith("base -> tuned: ") for s in told["verdict"]) and any(s.startswith("base -> same: ") for s in told["verdict"])
     assert "identical" in " ".join(told["verdict"]) and "tuned and same" in told["title"]
 
@@ -197,7 +205,9 @@ def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, m
     both = store.load(store.saved("o/results/tuco_detection")[0])
     assert both.tuco[both.is_positive].tolist() == pytest.approx(whole.tuco[whole.by_set["ioi"]].tolist(), rel=1e-4)
     run = COMPARE._Run(Request(base=folders[0], tuned=(folders[1],), tasks=("ioi", "arithmetic")), print, print)
-    for row in COMPARE.PLAN[-2:]:  # the command of the page, that of the step, and the plan make the same result
+    for row in (
+        r for r in COMPARE.PLAN if r.analysis in ("tuco", "tuco_detection")
+    ):  # the command of the page, that of the step, and the plan make the same result
         step = run.steps(row, folders[1])[0]
         for i, words in enumerate((found[row.analysis]["command"], step.command(session).replace("'", "").split(" --"))):
             words = words if i == 0 else ["interp", *words[0].split()[1:], *(f"--{word}" for word in words[1:])]
@@ -272,7 +282,7 @@ def test_chats_are_asked_where_the_tuned_model_has_a_template(capsys) -> None:
 
 def test_a_task_that_cannot_be_made_is_left_out_of_the_sets_and_said_once(cli, pair, small) -> None:
     code, _, err = cli(*pair, "--task=ioi", "--task=arithmetic(digits=2, shots=20)", "--only=tuco,tuco_detection", "--out=o")
-    assert code == 1 and err.count("\n") == 1 and err.startswith("interp: TuCo on arithmetic(") and "could not be done: " in err
+    assert code == 1 and err.count("\n") == 1 and err.startswith("interp: the prompts of arithmetic(") and "could not be done: " in err
     assert [r["analysis"] for r in json.loads(Path("o/report.json").read_text())["results"]] == ["tuco", "tuco_detection"]
 
 
@@ -282,9 +292,10 @@ def test_a_task_that_cannot_be_made_is_left_out_of_the_sets_and_said_once(cli, p
 )
 def test_the_task_changed_most_counts_losses_too(found, chosen) -> None:
     run = COMPARE._Run(Request(base=object(), tuned=(object(),)), print, print)
-    steps = [Step(PLAN[-1], run.request.base, run.request.tuned[0], on, 3, "text") for on in "ab"]
-    assert [s.on for s in run.choice(PLAN[-1], steps, [scored(*f) for f in found])] == [chosen]
-    assert run.choice(PLAN[-1], [], []) == []
+    row = next(r for r in PLAN if r.analysis == "tuco_detection")
+    steps = [Step(row, run.request.base, run.request.tuned[0], on, 3, "text") for on in "ab"]
+    assert [s.on for s in run.choice(row, steps, [scored(*f) for f in found])] == [chosen]
+    assert run.choice(row, [], []) == []
 
 
 # ---------------------------------------------------------------------------- what cannot be done
@@ -418,7 +429,8 @@ def scored(task: str, before: float, after: float, chance: float = 0.5, above: b
 )
 def test_the_best_task_is_the_largest_gain_above_chance(found, chosen) -> None:
     run = COMPARE._Run(Request(base=object(), tuned=(object(),)), print, print)
-    steps = [Step(PLAN[-1], run.request.base, run.request.tuned[0], on, 3) for on in "ab"]
+    row = next(r for r in PLAN if r.analysis == "tuco_detection")
+    steps = [Step(row, run.request.base, run.request.tuned[0], on, 3) for on in "ab"]
     assert [s.on for s in run.best(steps, found)] == chosen
     assert len(run.gaps) == (not chosen) and all(not g.failed for g in run.gaps)
 
@@ -446,7 +458,9 @@ sys.exit(main(["compare", *sys.argv[1:]]))
 def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, cli, monkeypatch) -> None:
     from interp import store
 
-    rows = [dataclasses.replace(r, prompts={k: 4 if r.analysis == "token_divergence" else 8 for k in r.prompts}) for r in PLAN]
+    kept = ("pair_check", "weight_delta", "token_divergence", "task_accuracy", "tuco", "tuco_detection")
+    plan = [r for r in PLAN if r.analysis in kept]
+    rows = [dataclasses.replace(r, prompts={k: 4 if r.analysis == "token_divergence" else 8 for k in r.prompts}) for r in plan]
     words = [str(pair[0]), str(pair[1]), "--task=ioi", "--out", str(tmp_path / "o")]
     child = subprocess.Popen([sys.executable, "-c", SLOW, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     results, end = tmp_path / "o/results", time.monotonic() + 120
@@ -457,7 +471,7 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
     assert child.wait() == -signal.SIGKILL
     child.stderr.close()
     whole = store.saved(results)
-    first = {"pair_check", "weight_delta", "head_svd", "composition", "intruder_dimensions", "token_divergence"}
+    first = {"pair_check", "weight_delta", "token_divergence"}
     assert {p.parent.name for p in whole} == first
     stamps = {p: (p / "result.json").stat().st_mtime_ns for p in whole}
     for folder in whole:
@@ -470,3 +484,57 @@ def test_a_killed_run_leaves_whole_results_and_the_next_goes_on(pair, tmp_path, 
     assert {p: (p / "result.json").stat().st_mtime_ns for p in whole} == stamps
     more = {"task_accuracy", "tuco", "tuco_detection"}
     assert {p.parent.name for p in store.saved(results)} == {*first, *more}
+
+
+# ---- factors of base, and what it knows by heart
+
+
+def test_factors_are_collected_once(cli, small, monkeypatch, tmp_path) -> None:
+    words = ("base", "boxes-tuned", "boxes-tuned-step20", "--only=delta_curvature,recitation", "--out=o")
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    told = json.loads(Path("o/report.json").read_text())
+    assert [r["analysis"] for r in told["results"]] == ["delta_curvature"] * 2 + ["recitation"] * 2
+    (folder,) = Path("o/factors").iterdir()  # one base, one text
+    command = told["results"][0]["command"]
+    assert f"--factors={folder}" in [word.replace(f"{tmp_path}/", "") for word in command] and "--prompts-n=12" in command
+    assert any("times what a random change of the same norm gives" in s for s in told["verdict"])
+    assert any("by heart base recites 100%" in s for s in told["verdict"]) and told["columns"]
+    before = (folder / "index.json").stat().st_mtime_ns
+    monkeypatch.setattr(interp.HookedModel, "wrapped", property(lambda self: pytest.fail("everything is there, so nothing is loaded")))
+    code, out, _ = cli(*words)
+    assert code == 0 and out.count("already there)") == 4 and (folder / "index.json").stat().st_mtime_ns == before
+
+
+def test_factors_that_nobody_keeps_are_gone(small, monkeypatch) -> None:
+    import tempfile
+
+    made: list[str] = []
+    own = tempfile.TemporaryDirectory
+    monkeypatch.setattr(COMPARE.tempfile, "TemporaryDirectory", lambda **how: made.append((t := own(**how)).name) or t)
+    (result,) = interp.compare("base", "boxes-tuned", only="delta_curvature")
+    assert result.meta.analysis == "delta_curvature" and len(made) == 1 and not Path(made[0]).exists()
+
+
+def test_large_factors_are_left_out(cli, small, monkeypatch) -> None:
+    monkeypatch.setattr(COMPARE, "MUCH", 1e3)
+    code, out, _ = cli("base", "boxes-tuned", "--only=pair_check,delta_curvature", "--out=o")
+    assert code == 0 and "left out: delta_curvature on plain_text: the factors would take" in out and "--effort full" in out
+    code, out, _ = cli("base", "boxes-tuned", "--only=delta_curvature", "--effort=full", "--out=o")
+    assert code == 0 and "left out" not in out
+
+
+def test_numbers_in_the_factors_of_a_model(tmp_path) -> None:
+    from interp.models import ModelPair
+    from interp.models.kfac import kfac_factors
+    from interp.plan import _factors
+
+    for kind in ("gpt2", "llama", "neox"):
+        pair = ModelPair.load(tiny(kind), tiny(kind))
+        factors = kfac_factors(pair.base, [[1, 2, 3]], tmp_path / kind)
+        seen = {tuple(map(str, (s.layer, s.component))): factors.G(s).numel() for s in factors.sites}
+        reads = {}
+        for site in factors.sites:
+            place = {"W_Q": "attention", "W_K": "attention", "W_V": "attention", "W_in": "mlp", "W_gate": "mlp"}
+            reads[site.layer, place.get(site.component, site.component)] = factors.A(site).numel()
+        assert _factors(pair.shape) == sum(seen.values()) + sum(reads.values()), kind

@@ -41,7 +41,7 @@ LAYERS = {
     **dict.fromkeys(["organisms.recipes", "organisms.measure", "organisms.handmade"], 3),
     "analyses": 5,
     **dict.fromkeys(["store", "report"], 6),
-    **dict.fromkeys(["cli", "compare", "plan", "request", "inputs", "verdict", "__main__", "__init__"], 7),
+    **dict.fromkeys(["cli", "compare", "plan", "request", "inputs", "verdict", "columns", "__main__", "__init__"], 7),
 }
 ARCHITECTURE_HOMES = ("models", "organisms")
 FILES = sorted(p for p in ROOT.rglob("*.py") if "data" not in p.relative_to(ROOT).parts[:1])

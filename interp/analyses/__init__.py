@@ -1,6 +1,6 @@
 """The analyses: one file, one function and one kind of result per question.
 
-``ANALYSES`` is the only list of them. The name of an analysis is the name of its file, of its
+``GROUPS`` is the only list of them. The name of an analysis is the name of its file, of its
 function, of its word on the command line and of its folder among saved results.
 """
 
@@ -12,41 +12,63 @@ from typing import Any
 
 from interp.names import unknown
 
-ANALYSES = (
-    "pair_check",
-    "weight_delta",
-    "head_svd",
-    "composition",
-    "channel_effects",
-    "channel_steering",
-    "intruder_dimensions",
-    "intruder_scaling",
-    "token_divergence",
-    "task_accuracy",
-    "activation_patching",
-    "cross_patching",
-    "path_patching",
-    "edge_attribution",
-    "head_roles",
-    "circuit_discovery",
-    "circuit_evaluation",
-    "circuit_overlap",
-    "circuit_repair",
-    "circuit_transfer",
-    "cmap",
-    "attention_knockout",
-    "dcm",
-    "cross_dcm",
-    "tuco",
-    "tuco_components",
-    "tuco_detection",
-    "tuco_scaling",
-    "curvature",
-    "curvature_bands",
-    "delta_curvature",
-    "recitation",
-    "language_modelling",
-)
+GROUPS = {
+    "First look": (
+        "pair_check",
+        "weight_delta",
+        "token_divergence",
+        "task_accuracy",
+        "completions",
+        "token_shift",
+        "activation_difference",
+        "logit_lens",
+        "logit_attribution",
+        "attention_patterns",
+        "weight_path",
+    ),
+    "Weights": (
+        "head_svd",
+        "composition",
+        "channel_effects",
+        "channel_steering",
+        "intruder_dimensions",
+        "intruder_scaling",
+    ),
+    "Circuits": (
+        "activation_patching",
+        "path_patching",
+        "edge_attribution",
+        "head_roles",
+        "circuit_discovery",
+        "circuit_evaluation",
+        "circuit_repair",
+        "attention_knockout",
+        "dcm",
+    ),
+    "From one model into the other": (
+        "cross_patching",
+        "circuit_overlap",
+        "circuit_transfer",
+        "cmap",
+        "cross_dcm",
+    ),
+    "Contribution of tuning": (
+        "tuco",
+        "tuco_components",
+        "tuco_detection",
+        "tuco_scaling",
+    ),
+    "Curvature and memorisation": (
+        "curvature",
+        "curvature_bands",
+        "delta_curvature",
+        "recitation",
+        "language_modelling",
+    ),
+}
+"""Heading -> the analyses under it, in the order of a page."""
+
+ANALYSES = tuple(name for names in GROUPS.values() for name in names)
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -222,6 +222,11 @@ class CircuitEvaluationResult(Result):
         names = zip(self.labels["node"], self.given[i], strict=True)
         yield "minimality", [(name, n - _count(k) - 1, k) for name, k in names], self.after[i], self.before[i], self.judged
 
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """The share of the whole model's work that the circuit does alone."""
+        shares = {side if len(self.sides) == 2 else "tuned": self.faithfulness(side) for side in self.sides}
+        return {"faithfulness of base's circuit": shares} if len(self.sides) == 2 else {"faithfulness of the circuit": shares}
+
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per run, model and what it is compared with; ``per="prompt"`` the metric of both.
 

@@ -175,6 +175,19 @@ class DeltaCurvatureResult(Result):
             raise InputError("nothing was measured: delta_curvature takes prompts as its third input")
         return values
 
+    @property
+    def whole(self) -> tuple[float, float]:
+        """``sharpness`` of all matrices together, and its standard deviation for random changes of these norms."""
+        told, random = float(self.predicted.nansum()), float(self.predicted_random.nansum())
+        spread = float((self.change.square() * self.curvature_sd / 2).square().nansum().sqrt())
+        return linalg.ratio(told, random), linalg.ratio(spread, random)
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """How sharp the change is."""
+        if not bool((self.change > 0).any()):
+            return {}
+        return {"curvature along the change, times that of a random change": {"tuned": stats.single(self.whole[0])}}
+
     # ---- words and tables
 
     def summary(self) -> str:

@@ -92,6 +92,11 @@ class LanguageModellingResult(Result):
             return told
         return f"{told}, ratio over tokens {self.ratio}; nDCG@{self.k} of tuned's predictions against base's {self.agreement}"
 
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """Perplexities of both models."""
+        sides = ("base", "tuned") if len(self.sides) == 2 else ("tuned",)
+        return {"perplexity over all tokens": {side: self.interval(i) for i, side in enumerate(sides)}}
+
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per side; ``per="prompt"``: one per block.
 

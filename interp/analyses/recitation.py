@@ -14,7 +14,7 @@ from interp.errors import InputError
 from interp.progress import progress
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
-from interp.stats import mcnemar, plus_minus, wilson
+from interp.stats import Estimate, mcnemar, plus_minus, single, wilson
 from interp.tasks import reciting
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ class RecitationResult(Result):
             cells = [str(i), *(f"<code>{w}</code>" for w in words), f"{away} of {int(self.length[i])}"]
             body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         return f"<h4>Texts and what was written, furthest first</h4><table><tr>{head}</tr>{''.join(body)}</table>"
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """The share that is recited strictly, of both models."""
+        hits = zip(("base", "tuned") if len(self.sides) == 2 else ("tuned",), self.strict, strict=True)
+        return {"share recited strictly": {s: single(float(h.double().mean()), *wilson(int(h.sum()), len(h))) for s, h in hits}}
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per side; ``per="prompt"``: one per side and text.

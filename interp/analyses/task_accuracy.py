@@ -16,7 +16,7 @@ from interp.errors import InputError
 from interp.prompts import Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.spelling import spelled
-from interp.stats import mcnemar, wilson
+from interp.stats import Estimate, mcnemar, single, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +123,11 @@ class TaskAccuracyResult(Result):
             f"Accuracy on {self.task} goes from {before} in base to {after} in tuned (n = {n}{chance}{note}): {gained} and {lost}, "
             f"exact McNemar p = {self.p_value:.2g}; rounding alone flips {int(self.jitter.max())}"
         )
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """Both accuracies."""
+        accuracies = zip(SIDES, self.accuracy.tolist(), strict=True)
+        return {f"accuracy on {self.task}": {side: single(value, *self.interval(side)) for side, value in accuracies}}
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row for all prompts and one per value of every tag; ``per="prompt"``: one row per prompt.

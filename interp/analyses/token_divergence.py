@@ -19,6 +19,7 @@ from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.spelling import spelled
+from interp.stats import Estimate, within
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,6 +112,13 @@ class TokenDivergenceResult(Result):
             f"{said} nats per token ({spread}; median {median:.2g}, 95th percentile {high:.2g}, {len(tokens)} tokens, numerical floor "
             f"{self.numerical_floor:.1g}); {actual}the most likely token differs at {float(self.disagrees.nanmean()):.1%} of the positions"
         )
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """How far predictions moved, and the loss."""
+        found = {"KL(tuned || base), nats per token": {"tuned": within(*mean_and_error(self.kl))}}
+        if self.nll_change.isnan().all():
+            return found
+        return found | {"change of the loss, nats per token": {"tuned": within(*mean_and_error(self.nll_change))}}
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per place in the text (and ``all``) with means over tokens; ``per="prompt"``: one row per token.

@@ -177,6 +177,11 @@ class TucoResult(Result):
             return "no numerical floor measured"
         return f"in a batch of another size {len(self.floor)} of the prompts move by at most {self.numerical_floor:.1g}"
 
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """The mean of every set."""
+        sets = self.by_set or {"all prompts": list(range(len(self.tuco)))}
+        return {f"TuCo on {name}": {"tuned": self.mean_of(rows)} for name, rows in sorted(sets.items())}
+
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per layer, of every set, with means over prompts (``tuco`` is cumulative); ``per="prompt"``: one row per prompt.
 

@@ -17,6 +17,7 @@ from interp.models import weights
 from interp.models.changes import AT_FLOOR, Change, changes, unmatched
 from interp.results import Result, analysis
 from interp.sites import Site
+from interp.stats import Estimate, single
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -126,6 +127,10 @@ class WeightDeltaResult(Result):
         """The rounding floor of ``total``."""
         rounding = torch.where(self.base_norm > 0, self.floor * self.base_norm, 0.0)
         return linalg.ratio(linalg.norm(rounding), linalg.norm(self.base_norm))
+
+    def main_numbers(self) -> dict[str, dict[str, Estimate]]:
+        """How far all weights moved."""
+        return {"weight change, share of the norm": {"tuned": single(self.total)}}
 
     @property
     def head_relative(self) -> Float[Tensor, "projection layer head"] | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.analyses import ANALYSES
+from interp.analyses import ANALYSES, GROUPS
 from interp.cli.run import loading
 from interp.cli.signatures import signature
 from interp.errors import InputError
@@ -54,9 +54,10 @@ def say(line: str) -> None:
 
 
 def analyses_table() -> str:
-    """Every analysis with the question it answers."""
+    """Every analysis with the question it answers, under the headings of the page."""
     width = max(map(len, ANALYSES)) + 2
-    return "\n".join(f"  {name:{width}}{signature(name).summary}" for name in ANALYSES)
+    groups = ([heading, *(f"  {name:{width}}{signature(name).summary}" for name in names)] for heading, names in GROUPS.items())
+    return "\n".join("\n".join(lines) for lines in groups)
 
 
 def version(args: argparse.Namespace) -> int:

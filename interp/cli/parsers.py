@@ -80,7 +80,7 @@ def _compare(p: Parser) -> None:
     p.add_argument("--prompts", metavar="FILE", help="your own texts (JSONL or one per line), instead of the shipped plain text")
     p.add_argument("--effort", default="normal", choices=("quick", "normal", "full"), help="how much data (default %(default)s)")
     p.add_argument("--time", type=_number, metavar="MIN", help="skip what would take longer in all, and say how to run it")
-    p.add_argument("--only", action="append", default=[], metavar="NAMES", help="only these analyses, as weight_delta,token_divergence")
+    p.add_argument("--only", action="append", default=[], metavar="NAMES", help="only these analyses or groups, as first_look,tuco")
     p.add_argument("--out", default=".", metavar="DIR", help="results go to DIR/results, the page to DIR/report.html (default: here)")
     p.add_argument("--report", metavar="FILE", help="another name for the page")
     _loading(p)

@@ -23,12 +23,8 @@ def generate(
     """See ``HookedModel.generate``."""
     if max_new_tokens < 1 or temperature < 0:
         raise InputError(f"generate needs max_new_tokens >= 1 and temperature >= 0; got {max_new_tokens} and {temperature}")
-    longest = int(batch.lengths.max()) + max_new_tokens
-    if longest > model.shape.n_ctx:
-        raise InputError(
-            f"the longest prompt and {max_new_tokens} new tokens make {longest}; {model.name} takes at most {model.shape.n_ctx}"
-        )
-    ends = set(_end_tokens(model) if stop is None else stop)
+    check_room(model, batch, max_new_tokens)
+    ends = set(end_tokens(model) if stop is None else stop)
     answers: list[list[int]] = [[] for _ in range(len(batch))]
     lengths = batch.lengths.tolist()
     # Prompts of equal length need no padding, so that every prompt is computed exactly as alone.
@@ -48,7 +44,18 @@ def generate(
     return answers
 
 
-def _end_tokens(model: Running) -> list[int]:
+def check_room(model: Running, batch: Batch, new_tokens: int) -> None:
+    """Refuse prompts behind which so many tokens do not fit.
+
+    Raises:
+        InputError: the longest is too long.
+    """
+    longest = int(batch.lengths.max()) + new_tokens
+    if longest > model.shape.n_ctx:
+        raise InputError(f"the longest prompt and {new_tokens} new tokens make {longest}; {model.name} takes at most {model.shape.n_ctx}")
+
+
+def end_tokens(model: Running) -> list[int]:
     """End-of-sequence ids of the generation config, the config, or none."""
     source = model.wrapped.source
     for config in (getattr(source, "generation_config", None), source.config):
@@ -71,7 +78,7 @@ def _group(
     with torch.no_grad():
         for step in range(max_new_tokens):
             logits = model.forward(part, keep=last, cache=cache).logits[:, -1]
-            new = _choose(logits, rows, step, temperature, seed)
+            new = choose(logits, [(seed, row) for row in rows], step, temperature)
             for i in list(open_rows):
                 if new[i] in ends:
                     open_rows.discard(i)
@@ -85,12 +92,20 @@ def _group(
     return out
 
 
-def _choose(logits: Tensor, rows: list[int], step: int, temperature: float, seed: int) -> list[int]:
+def choose(logits: Tensor, streams: Sequence[tuple[int, int]], step: int, temperature: float) -> list[int]:
+    """The next token of every row: the most likely one at temperature 0, else drawn from the row's stream.
+
+    Args:
+        logits: [row, vocab]; -inf is never drawn.
+        streams: seed and prompt of every row; with the step they are the key of a draw, so that batching changes nothing.
+        step: number of the new token.
+        temperature: divides the logits.
+    """
     if temperature == 0:
         return logits.argmax(-1).tolist()
     probs = torch.softmax(logits.double().cpu() / temperature, -1)
     chosen = []
-    for row, p in zip(rows, probs, strict=True):
+    for (seed, row), p in zip(streams, probs, strict=True):
         stream = torch.Generator().manual_seed(hash((seed, row, step)) & (2**63 - 1))
         chosen.append(int(torch.multinomial(p, 1, generator=stream)))
     return chosen

@@ -144,6 +144,7 @@ def lines(
     ylabel: str = "",
     floor: float | None = None,
     tokens: Labels | None = None,
+    labels: Labels | None = None,
     height: int = HEIGHT,
 ) -> go.Figure:
     """Lines with error bands.
@@ -157,9 +158,11 @@ def lines(
         ylabel: title of the vertical axis, with its unit.
         floor: numerical floor, a grey stripe around 0.
         tokens: the token at each position 0..n-1.
+        labels: what stands at each position 0..n-1, where it is no token.
         height: pixels.
     """
     number = ranks(list(series))
+    named = tokens if tokens is not None else labels
     traces: list[Any] = []
     for name, values in series.items():
         heights = array(values)
@@ -167,7 +170,7 @@ def lines(
         paint = colour(name, number[name])
         if bands and name in bands:
             traces += _band(places, array(bands[name][0]), array(bands[name][1]), paint, name)
-        where = f"{hover_name(xlabel, 'x')} %{{x}}" if tokens is None else "%{customdata}"
+        where = f"{hover_name(xlabel, 'x')} %{{x}}" if named is None else "%{customdata}"
         look = dict(line=dict(color=paint, width=2, dash=dash(name, number[name])), marker=dict(symbol=symbol(name, number[name]), size=6))
         traces.append(
             go.Scatter(
@@ -176,12 +179,12 @@ def lines(
                 name=escape(name),
                 mode="lines+markers" if len(heights) <= 80 else "lines",
                 legendgroup=escape(name),
-                customdata=None if tokens is None else _names(tokens, len(tokens), True),
+                customdata=None if named is None else _names(named, len(named), tokens is not None),
                 hovertemplate=f"{hover_name(name, 'value')}<br>{where}<br>%{{y:.4g}}<extra></extra>",
                 **look,
             )
         )
-    below = token_axis(tokens, limit=TICKS) if tokens is not None else _whole(traces)
+    below = _whole(traces) if named is None else _side(named, len(named), tokens is not None, TICKS)
     made = figure(*traces, title=title, xlabel=xlabel, ylabel=ylabel, height=height, xaxis=below)
     if floor:
         made.add_hrect(y0=-floor, y1=floor, fillcolor=FLOOR, opacity=0.5, line_width=0, layer="below")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InputError
 from interp.fields import TENSOR
 from interp.report.page import page
-from interp.report.sections import rows, sections
+from interp.report.sections import Beside, beside, rows, sections
 from interp.result_files import encode, write_text
 from interp.results import Result
 
@@ -31,6 +31,8 @@ def write_report(
     verdict: Sequence[str] = (),
     warnings: Sequence[str] = (),
     plan: Sequence[str] = (),
+    columns: Beside | None = None,
+    parts: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Write results as one HTML page, and all their numbers as JSON beside it (``report.html``, ``report.json``).
 
@@ -41,6 +43,8 @@ def write_report(
         verdict: sentences that answer the question; they come first.
         warnings: what a reader must know before believing the numbers.
         plan: what was left out and why; lines after the first of an entry are commands.
+        columns: main numbers of several checkpoints, which stand before the results.
+        parts: heading -> names of analyses: the results are put in this order, under these headings. None: in the order given.
 
     Raises:
         InputError: the page cannot be written, or a result was built by hand.
@@ -50,16 +54,21 @@ def write_report(
         raise InputError(f"the page {target} needs another ending than .json, which is that of its numbers")
     if by_hand := [r for r in results if r.meta is None]:
         raise InputError(f"a {type(by_hand[0]).__name__} was built by hand; a report shows results that an analysis returned")
+    if parts is not None:
+        order = [name for names in parts.values() for name in names]
+        results = sorted(results, key=lambda r: order.index(r.meta.analysis) if r.meta.analysis in order else len(order))
     frames = [result.to_frame() for result in results]
     numbers = {
         "title": title,
         "verdict": list(verdict),
         "warnings": list(warnings),
         "plan": list(plan),
+        "columns": [] if columns is None else columns.records(),
         "results": [_numbers(result, frame) for result, frame in zip(results, frames, strict=True)],
     }
     data = target.with_suffix(".json")
-    html = page(title, sections(results, frames, data.name), verdict=verdict, warnings=warnings, plan=plan, data=data.name)
+    shown = [*([] if columns is None else [beside(columns, data.name)]), *sections(results, frames, data.name, parts or {})]
+    html = page(title, shown, verdict=verdict, warnings=warnings, plan=plan, data=data.name)
     write_text(target, html)
     write_text(data, json.dumps(numbers, indent=1, allow_nan=False))
     return target

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from itertools import groupby
 from urllib.parse import quote
 
 from interp.plots import FONT, MONO, escape
@@ -44,7 +45,7 @@ def page(
             f"<h1>{escape(title)}</h1>",
             _boxes(verdict, warnings),
             _contents(sections, bool(plan)),
-            *(s.html for s in sections),
+            *_body(sections),
             _left_out(plan),
             f'<footer>All numbers of this page: <a href="{quote(data)}">{escape(data)}</a>.</footer>',
             "</main>",
@@ -66,10 +67,26 @@ def _boxes(verdict: Sequence[str], warnings: Sequence[str]) -> str:
     return boxes + (f'<section class="warnings"><h2>Before you believe it</h2><ul>{alarm}</ul></section>' if alarm else "")
 
 
+def _body(sections: Sequence[Section]) -> list[str]:
+    """The sections, and a heading where a part of the page begins."""
+    made, part = [], ""
+    for section in sections:
+        if section.part not in ("", part):
+            made.append(f'<h2 class="part">{escape(section.part)}</h2>')
+        part = section.part
+        made.append(section.html)
+    return made
+
+
 def _contents(sections: Sequence[Section], plan: bool) -> str:
-    entries = [(s.anchor, s.heading) for s in sections] + ([("left-out", "Left out")] if plan else [])
-    links = "".join(f'<li><a href="#{anchor}">{escape(heading)}</a></li>' for anchor, heading in entries)
-    return f'<nav><h2>Contents</h2><ol class="{"many" if len(entries) > 8 else "few"}">{links}</ol></nav>' if links else ""
+    entries = [(s.anchor, s.heading, s.part) for s in sections] + ([("left-out", "Left out", "")] if plan else [])
+    groups = [(part, list(some)) for part, some in groupby(entries, key=lambda entry: entry[2])]
+    size, first, lists = "many" if len(entries) > 8 else "few", 1, []
+    for part, some in groups:
+        links = "".join(f'<li><a href="#{anchor}">{escape(heading)}</a></li>' for anchor, heading, _ in some)
+        lists.append((f"<h3>{escape(part)}</h3>" if part else "") + f'<ol class="{size}" start="{first}">{links}</ol>')
+        first += len(some)
+    return f"<nav><h2>Contents</h2>{''.join(lists)}</nav>" if entries else ""
 
 
 def _left_out(plan: Sequence[str]) -> str:
@@ -102,6 +119,9 @@ pre{{background:{PANEL};padding:10px 12px;margin:.5em 0;overflow-x:auto;white-sp
 nav{{background:{PANEL};padding:12px 16px;margin:0 0 8px}}
 nav h2{{font-size:1rem}}
 nav ol.many{{columns:20em 2;column-gap:2em}}
+h2.part{{font-size:1.5rem;margin:2em 0 0;padding-top:.4em;border-top:3px solid {INK}}}
+h2.part+section.result{{border-top:0;margin-top:8px}}
+nav h3{{font-size:.9rem;margin:.6em 0 0}}
 section.result,#left-out{{border-top:1px solid {GRID};margin-top:36px;padding-top:20px}}
 .subject{{color:{FAINT};font-size:.9rem;margin:0 0 .4em;overflow-wrap:anywhere}}
 .summary{{font-size:1.05rem}}

@@ -6,9 +6,9 @@ import html
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from interp.plots import HEIGHT, escape, label
 from interp.plots.frame import LINE_HEIGHT
@@ -28,17 +28,55 @@ SHOWN_ROWS = 200
 
 @dataclass(frozen=True)
 class Section:
-    """A piece of a page: its anchor, its heading as plain text, its HTML."""
+    """A piece of a page: its anchor, its heading as plain text, its HTML, and the part of the page it belongs to."""
 
     anchor: str
     heading: str
     html: str
+    part: str = ""
 
 
-def sections(results: Sequence[Result], frames: Sequence[pd.DataFrame], data: str) -> list[Section]:
-    """One section per result and its table; ``data`` is the name of the file with all rows."""
+class Beside(Protocol):
+    """Main numbers of several checkpoints in columns."""
+
+    @property
+    def base(self) -> str: ...  # noqa: D102
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def to_frame(self) -> pd.DataFrame: ...  # noqa: D102
+
+    def figures(self) -> dict[str, go.Figure]: ...  # noqa: D102
+
+    def records(self) -> list[dict[str, Any]]: ...  # noqa: D102
+
+
+def sections(
+    results: Sequence[Result], frames: Sequence[pd.DataFrame], data: str, parts: Mapping[str, Sequence[str]] | None = None
+) -> list[Section]:
+    """One section per result and its table.
+
+    Args:
+        results: in order.
+        frames: the table of each.
+        data: name of the file with all rows.
+        parts: heading -> names of the analyses under it.
+    """
     names = _headings(results)
-    return [_section(f"result-{i}", n, r, f, data) for i, (n, r, f) in enumerate(zip(names, results, frames, strict=True))]
+    part = {name: heading for heading, some in (parts or {}).items() for name in some}
+    made = [_section(f"result-{i}", n, r, f, data) for i, (n, r, f) in enumerate(zip(names, results, frames, strict=True))]
+    return [replace(section, part=part.get(r.meta.analysis, "")) for section, r in zip(made, results, strict=True)]
+
+
+def beside(columns: Beside, data: str) -> Section:
+    """The section of several checkpoints: a column each, and a curve per number."""
+    drawn = [_figure(f"columns-figure-{i}", "", figure) for i, figure in enumerate(columns.figures().values())]
+    names = ", ".join(columns.checkpoints)
+    told = f"{len(columns.checkpoints)} checkpoints tuned from {columns.base}, in the order given: {names}."
+    table = _table(columns.to_frame(), data, open_rows=SHOWN_ROWS)
+    head = f'<section class="result" id="columns"><h2>Side by side</h2><p class="summary">{escape(told)}</p>'
+    return Section("columns", "Side by side", "\n".join([head, table, *drawn, "</section>"]))
 
 
 def rows(frame: pd.DataFrame) -> Iterable[tuple[Any, ...]]:
@@ -97,7 +135,7 @@ def _figure(anchor: str, heading: str, figure: go.Figure) -> str:
     return f'<figure>{above}<div class="scroll">{box}<script type="application/json">{data}</script></div></figure>'
 
 
-def _table(frame: pd.DataFrame, data: str) -> str:
+def _table(frame: pd.DataFrame, data: str, open_rows: int = OPEN_ROWS) -> str:
     if not len(frame.columns) or not len(frame):
         return ""
     numeric = {c for c in frame.columns if frame[c].dtype.kind in "iuf"}
@@ -110,7 +148,7 @@ def _table(frame: pd.DataFrame, data: str) -> str:
     more = f"The first {SHOWN_ROWS} of {len(frame):,} rows; all of them are in {data}." if len(frame) > SHOWN_ROWS else ""
     rest = f'<p class="rest">{escape(more)}</p>' if more else ""
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{rest}'
-    return table if len(frame) <= OPEN_ROWS else f"<details><summary>Table ({len(frame):,} rows)</summary>{table}</details>"
+    return table if len(frame) <= open_rows else f"<details><summary>Table ({len(frame):,} rows)</summary>{table}</details>"
 
 
 def _cell(value: Any) -> str:

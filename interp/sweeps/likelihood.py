@@ -45,16 +45,16 @@ def loss_and_kl(
     groups = list(_groups(batch, size))
     for rows in progress(groups, "loss", total=len(groups)):
         part = batch.select(rows)
-        own = _log_probs(model, part, size)
+        own = log_probs(model.logits(part), size)
         for i, other in enumerate(others):
             if other is None or (isinstance(other, Edit) and not other.changes):
                 changed = own
             elif isinstance(other, Edit):
                 with model.edited(other):
-                    changed = _log_probs(model, part, size)
+                    changed = log_probs(model.logits(part), size)
             else:
-                changed = _log_probs(other, part, size).to(own.device)
-            found[:, i, rows] = _means(own, changed, part)
+                changed = log_probs(other.logits(part), size).to(own.device)
+            found[:, i, rows] = means(own, changed, part)
     return found
 
 
@@ -70,12 +70,14 @@ def _groups(batch: Batch, vocab: int) -> Iterator[list[int]]:
     yield group
 
 
-def _log_probs(model: HookedModel, part: Batch, vocab: int) -> Float[Tensor, "prompt pos vocab"]:
-    logits = model.logits(part)[:, :-1, :vocab]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def log_probs(logits: Float[Tensor, "prompt pos vocab"], vocab: int) -> Float[Tensor, "prompt next shared"]:
+    """Of the first ids of the vocabulary, for all positions but the last; in float32 or wider."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits[:, :-1, :vocab].to(wide).log_softmax(-1)
 
 
-def _means(own: Tensor, changed: Tensor, part: Batch) -> Float[Tensor, "what prompt"]:
+def means(own: Tensor, changed: Tensor, part: Batch) -> Float[Tensor, "what prompt"]:
+    """Loss of ``changed`` and KL(own || changed), both ``log_probs``, over the positions that have a next token."""
     after, there = (x[:, 1:].to(own.device) for x in (part.ids, part.mask))
     known = after.clamp(max=own.shape[-1] - 1)
     counted = there & (after == known)
