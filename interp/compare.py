@@ -89,7 +89,7 @@ PLAN = (
     Row(
         "completions",
         "sets",
-        {"quick": 2, "normal": 3, "full": 6},
+        {"quick": 2, "normal": 4, "full": 8},
         lambda s: Work(tokens=s.prompts * (1500 + 6 * s.length), saved=4000 * s.prompts),
     ),
     Row(

@@ -225,7 +225,8 @@ def _inside(found: Sequence[Any]) -> Iterator[str]:
         alone = (
             "" if not float(moved.low[0]) > 0 else f"; adding the mean difference to base undoes {_share_of(moved)} of KL(tuned || base)"
         )
-        yield f"{_clause(d)}{alone if d.beyond else ''}."
+        where = f" ({d.summary().split(' (')[1].split(';')[0]})" if d.beyond else ""  # site, place and number of texts
+        yield f"{_clause(d)}{where}{alone if d.beyond else ''}."
     for lens in _of(found, "logit_lens"):
         s: LogitLensResult = lens
         if len(s.sides) == 2:

@@ -345,7 +345,7 @@ class AttentionPatternsResult(Result):
         found = {}
         if self.distance is not None:
             change = (mean["tuned"] - mean["base"])[chosen]
-            title = f"Attention from the last token (END) to named positions: tuned - base, mean over prompts{which}"
+            title = f"Attention from the last token (END) to named positions: tuned - base, mean over prompts; {which}"
             assert self.looks_floor is not None
             floor = float(self.looks_floor.max())
             found["From END, tuned - base"] = plots.heatmap(
@@ -353,7 +353,7 @@ class AttentionPatternsResult(Result):
             )
         columns = [f"{place}, {side}" if self.distance is not None else place for place in places for side in self.sides]
         both = torch.stack([mean[side][chosen] for side in self.sides], dim=-1).flatten(1)
-        title = f"Attention from the last token (END) to named positions, mean over prompts{which}"
+        title = f"Attention from the last token (END) to named positions, mean over prompts; {which}"
         found["From END"] = plots.heatmap(both, columns, names, title=title, unit="attention", difference=False, limits=(0.0, 1.0), **look)
         return found
 
