@@ -35,6 +35,11 @@ class Line:
     name: str
     values: Mapping[str, Estimate]
 
+    @property
+    def kind(self) -> str:
+        """What it is without what it was measured on, which stands last, after its unit."""
+        return self.name.rpartition(" on ")[0] or self.name
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -92,11 +97,11 @@ class Columns:
         return drawn
 
     def _families(self) -> Iterator[tuple[str, list[Line]]]:
-        """Lines of one kind of number: what comes before " on " or " of " is what they have in common."""
+        """Lines of one kind of number, which differ in what they were measured on."""
         families: dict[str, list[Line]] = {}
         for line in self.lines:
-            families.setdefault(line.name.split(" on ")[0], []).append(line)
-        yield from families.items()
+            families.setdefault(f"{line.analysis}: {line.kind}", []).append(line)
+        yield from ((lines[0].kind, lines) for lines in families.values())
 
 
 def side_by_side(results: Sequence[Result]) -> Columns | None:
@@ -129,7 +134,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _whole_name(what: str, result: Result) -> str:
     """A number, and the task it was measured on where its name does not say so; so that no row holds numbers of two tasks."""
     asked = [str(i["task"]) for i in result.meta.inputs if i.get("task") and AND not in str(i["task"])]
-    return what if not asked or " on " in what else f"{what} on {asked[0]}"
+    return what if not asked or what.endswith(f" on {asked[0]}") else f"{what} on {asked[0]}"
 
 
 def _told(e: Estimate | None) -> str:

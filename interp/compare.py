@@ -7,6 +7,7 @@ imports nothing heavy: ``import interp`` does so.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import time as clock
 import warnings
@@ -414,12 +415,17 @@ class _Run:
             "task": lambda: self.tasks,
             "best task": self.pairs,
             "task or text": lambda: self.pairs() or [self.text(tuned)],
-            "task and text": lambda: self.tasks,
+            "task and text": lambda: self.tasks or self.pairs(),
         }[row.source]()
         against = self.text(tuned) if row.source == "task and text" else ""
         made = [Step(row, self.request.base, tuned, written, _at_most(n, written, against), against) for written in on]
         if row.source not in OF_BEST:
             return made
+        if row.source == "task and text":
+            asked = [step for step in made if self.answered(step)]
+            if not asked:
+                self.miss(Gap(row.analysis, "it needs answers: name a task with --task, or give prompts that have answers", failed=False))
+            return asked
         asked = [step for step in made if self.paired(step)]
         return asked or (made[:1] if row.source == "task or text" and not self.tasks else [])
 
@@ -489,6 +495,13 @@ class _Run:
             return False  # its own step says why
         return hasattr(prompts, "corrupt") and prompts.answers is not None
 
+    def answered(self, step: Step) -> bool:
+        """Whether prompts have answers of one token."""
+        try:
+            return self.session.prompts(step.on, self.session.pair(step.base, step.tuned), step.n).answers is not None
+        except InputError:
+            return False  # its own step says why
+
     def choice(self, row: Row, steps: Sequence[Step], found: Sequence[Any]) -> Sequence[Step]:
         """The steps of a row, or the one that what was found so far chooses."""
         if row.source in OF_BEST:
@@ -509,13 +522,23 @@ class _Run:
             much = step.work(self.session).saved
             why = f"the factors would take {size(much)}; --effort full collects them" if much > MUCH else None
             if (why := self.too_long(step) or (why if self.request.effort != "full" else None)) is not None:
-                self.miss(Gap(str(step), why, failed=False))
+                self.miss(Gap(str(step), why, failed=False, command=self.by_hand(step)))
                 return None
             pair, place = self.session.pair(step.base, step.tuned), self.place_of_factors(step)
             return self.given_factors(step, kfac_factors(pair.base, step.singles(self.session)[0], place))
         except InputError as error:
             self.miss(Gap(str(step), str(error), failed=False))
             return None
+
+    def by_hand(self, step: Step) -> str:
+        """The lines that collect factors and take them; empty for models that are objects."""
+        if not (isinstance(step.base, str) and isinstance(step.tuned, str)):
+            return ""
+        source = "--prompts" if Path(step.on).is_file() else "--task"
+        collect = ["interp", "factors", step.base, *self.request.loading.flags(), f"{source}={step.on}", f"--n={step.n}", "--out=factors"]
+        models = [f"--base={step.base}", f"--tuned={step.tuned}", *self.request.loading.flags(), "--factors=factors"]
+        take = ["interp", "run", step.row.analysis, *models, f"--prompts={step.on}", f"--prompts-n={step.n}"]
+        return f"{shlex.join(collect)}\n{shlex.join(take)}"
 
     def collected(self, step: Step) -> Step | None:
         """The step with the factors that an earlier run collected, if it did; no weights are loaded to find out."""
@@ -538,7 +561,8 @@ class _Run:
         if self.scratch is None and self.request.out is None:
             self.scratch = tempfile.TemporaryDirectory(prefix="interp-")
         root = Path(self.scratch.name) if self.scratch is not None else Path(self.request.out or ".")
-        return root / "factors" / f"{pair.base.fingerprint[:8]}-{step.singles(self.session)[0].digest[:8]}"
+        dtype = str(pair.base.dtype).removeprefix("torch.")
+        return root / "factors" / f"{pair.base.fingerprint[:8]}-{step.singles(self.session)[0].digest[:8]}-{dtype}"
 
     def with_circuits(self, row: Row, steps: Sequence[Step], search: Any) -> list[Step]:
         """The step with the circuits that a search found; none where it found none, or where there are no fresh prompts."""

@@ -221,22 +221,22 @@ def _inside(found: Sequence[Any]) -> Iterator[str]:
     """How far the streams moved, and which layer, part and head made the answer another one."""
     for difference in _of(found, "activation_difference"):
         d: ActivationDifferenceResult = difference
-        moved = d.moved()
-        alone = (
-            "" if not float(moved.low[0]) > 0 else f"; adding the mean difference to base undoes {_share_of(moved)} of KL(tuned || base)"
-        )
         where = f" ({d.summary().split(' (')[1].split(';')[0]})" if d.beyond else ""  # site, place and number of texts
-        yield f"{_clause(d)}{where}{alone if d.beyond else ''}."
+        undone = d.undone()
+        alone = "" if undone is None else f"; its mean, added to base at {undone[0]}, undoes {_share(undone[1])} of KL(tuned || base)"
+        yield f"{_clause(d)}{where}{alone}."
     for lens in _of(found, "logit_lens"):
         s: LogitLensResult = lens
         if len(s.sides) == 2:
-            (base, *_), (tuned, *_) = (s.decision(side) for side in ("base", "tuned"))
+            base, tuned = (_first_layer(s.decision(side)) for side in ("base", "tuned"))
             same = ": no difference beyond rounding" if s.alike else ""
-            told = f"half of the answers on {_about(s)} are on top to stay from {_layer(tuned)} on in tuned and {_layer(base)} on in base"
+            what = "the tokens that base holds most likely" if s.stand_in else "the answers"
+            told = f"half of {what} on {_about(s)} are on top to stay from {tuned} on in tuned and {base} on in base"
             yield f"Read layer by layer, {told}{same} (n = {s.n})."
     for attribution in _of(found, "logit_attribution"):
         if len(attribution.sides) == 2:
-            yield f"Of what writes the answer, {_clause(attribution)}."
+            what = "the token that base holds most likely" if attribution.stand_in else "the answer"
+            yield f"Of what writes {what}, {_clause(attribution)} (n = {attribution.n})."
     for attention in _of(found, "attention_patterns"):
         if len(attention.sides) == 2:
             yield f"{_clause(attention)}."
@@ -244,19 +244,23 @@ def _inside(found: Sequence[Any]) -> Iterator[str]:
 
 def _line(found: Sequence[Any]) -> Iterator[str]:
     """Whether base and tuned are joined by a straight line on which nothing breaks."""
+    from interp.stats import single
+
     for path in _of(found, "weight_path"):
         w: WeightPathResult = path
         if w.nothing:
             yield "On the straight line from base to tuned nothing changes beyond rounding."
             continue
-        right = w.curve("right").value
+        right = w.curve("right")
         inside = [i for i, alpha in enumerate(w.alphas) if 0 <= alpha <= 1]
-        rates = ", ".join(f"{float(right[i]):.0%} at {w.alphas[i]:g}" for i in inside)
+        shown = [(w.alphas[i], single(*(float(x[i]) for x in (right.value, right.low, right.high)))) for i in inside]
+        rates = ", ".join(f"{_share(rate)} at {alpha:g}" for alpha, rate in shown)
         barrier = w.barrier()
-        loss = "" if barrier is None else f"; the loss on text rises above that line by at most {barrier[1]} nats per token"
+        loss = "" if barrier is None else f"; the loss on text rises above that line by at most {_interval(barrier[1])} nats per token"
         if barrier is not None and float(barrier[1].value) <= 0:
             loss = "; the loss on text has no barrier on the way"
-        yield f"On the straight line from base to tuned right answers on {w.task} go {rates}{loss}."
+        n = int(w.prompt_group.max()) + 1
+        yield f"On the straight line from base to tuned right answers on {w.task} go {rates} (n = {n}){loss}."
 
 
 def _clause(result: Any) -> str:
@@ -264,13 +268,16 @@ def _clause(result: Any) -> str:
     return result.summary().split(" (")[0].split("; ")[0]
 
 
-def _layer(name: str) -> str:
-    return "no layer" if name == "never" else name
+def _first_layer(decision: tuple[str, str, str]) -> str:
+    """A layer with the ends of its interval."""
+    name, low, high = decision
+    return ("no layer" if name == "never" else name) + ("" if low == high else f" [{low} to {high}]")
 
 
-def _share_of(estimate: Any) -> str:
-    value, low, high = (float(x[0]) for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+def _share(estimate: Any) -> str:
+    """In percent, with its interval where it has one."""
+    value, low, high = (float(x) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.0%}" + ("" if low != low else f" [{low:.0%}, {high:.0%}]")
 
 
 def _circuits(found: Sequence[Any]) -> Iterator[str]:
@@ -356,8 +363,10 @@ def _learned(found: Sequence[Any]) -> Iterator[str]:
         times, spread = c.whole
         way = "sharp directions" if times > 1 + 2 * spread else "flat directions" if times < 1 - 2 * spread else ""
         told = f"tuning moved the weights along {way}" if way else "tuning's change is no sharper and no flatter than chance"
+        if c.positions < c.needed:
+            told = "too few positions tell sharp directions from flat ones"
         yield (
-            f"In the curvature of base's loss {told}: {times:.3g} times what a random change of the same norm gives "
+            f"In the curvature of base's loss (K-FAC) {told}: {times:.3g} times what a random change with the same singular values gives "
             f"(1 +- {spread:.1g}; {c.positions} positions)."
         )
     for reciting in _of(found, "recitation"):
@@ -435,6 +444,11 @@ def _small(found: Sequence[Any]) -> Iterator[str]:
     for d in _of(found, "tuco_detection"):
         least = min(int(d.is_positive.sum()), int((~d.is_positive).sum()))
         few += [f"tuco_detection has {least} prompts in its smaller set"] if least < FEW_PAIRS else []
+    few += [
+        f"delta_curvature has factors over {c.positions} positions, and {c.needed} are needed for their full rank"
+        for c in _of(found, "delta_curvature")
+        if c.positions < c.needed
+    ]
     if few:
         yield f"Small samples: {_join(few)}; --effort full takes more, where they come from tasks and not from a file."
 

@@ -69,8 +69,11 @@ class MemorisationResult(Result):
         base is not (what it gains), retention is ``s + g (1 - q) / q``. Each of the three is drawn from the posterior of a share under
         Jeffreys' prior, Beta(k + 1/2, n - k + 1/2), which has width also when k is 0 or n; a bootstrap has none then, and says
         [1, 1] of 24 answers that all stayed right. Where base is right throughout, nothing can be gained, and retention is s.
-        (Brown, Cai and DasGupta 2001, Statistical Science 16, 101, for one share; that it is put together of three is ours. With 24
-        prompts the 95 % interval held the truth in 93 to 100 % of simulated cuts.)
+        (Brown, Cai and DasGupta 2001, Statistical Science 16, 101, for one share; that it is put together of three is ours.)
+
+        Of 24 prompts that base gets all right (q = 1), the 95 % interval holds the truth in 95 % of cuts on average over s, in 89 % at
+        worst (s = 0.9); of 120, in 88 % at worst (s = 0.98). Where base fails now and then but was right throughout, gains are not seen:
+        the upper end is then 1 for a truth of 1 + g (1 - q) / q (1.003 for q = 0.97, g = 0.1 and s = 1, missed by half of the intervals).
         """
         after, before = self.of(cut, row) > 0, self.of(UNCUT, row) > 0
         draw = np.random.default_rng([self.seed % 2**64, *row.encode()])  # rows are drawn apart, all cuts from the same stream

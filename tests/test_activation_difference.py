@@ -420,6 +420,66 @@ def test_half_precision(llama: Any) -> None:
     assert got.difference.dtype == torch.float32 and not got.relative[:, 0].isnan().any()
 
 
+def test_effects_that_were_not_measured(pair: ModelPair) -> None:
+    """No site was asked for, or there are no two halves of one text."""
+    for none in (activation_difference(pair, prompts(), causal=()), activation_difference(pair, prompts(ROWS[:1]))):
+        frame = none.effects()
+        assert len(frame) == 0 and list(frame) == ["site", "way", "loss_change", "loss_change_se", "kl"]
+        shares = none.moved()
+        assert len(shares.value) == len(none.labels["causal"]) and shares.value.isnan().all() and shares.refused
+        assert none.strongest() is None and none.undone() is None and not none.measured and none.figures()
+        assert "what the shift does was not measured" in none.summary()
+
+
+def test_one_text_has_no_interval(pair: ModelPair) -> None:
+    one = activation_difference(pair, prompts(ROWS[:1])).summary()
+    assert "1 text, so no interval" in one and "1 texts" not in one and "nan" not in one
+    shared = activation_difference(pair, prompts(ROWS[:2], contexts=("a", "a"))).summary()
+    assert "1 context of 2 texts, so no interval" in shared and "nan" not in shared
+
+
+def synthetic(result: ActivationDifferenceResult, *, effect: float, noise: float, control: float, gone: float) -> Any:
+    """A result of 12 texts whose effects at three sites are planted: at the last one ``effect``, elsewhere a tenth of it."""
+    n, far = 12, torch.tensor([0.1, 0.1, 1.0], dtype=torch.float64)
+    g = torch.Generator().manual_seed(3)
+    shake = torch.randn(n, generator=g, dtype=torch.float64)
+    shake = (shake - shake.mean()) / shake.std() * noise * n**0.5  # s.e. of the mean is exactly the noise
+    ways, added = len(result.labels["way"]), len(result.labels["added"])
+    loss = 3 + control * torch.ones(ways, 3, n, dtype=torch.float64)
+    loss[0] = 3 + effect * far[:, None] + shake
+    kl = torch.ones(added, 3, n, dtype=torch.float64)
+    kl[0] = 1 - gone * far[:, None] + shake
+    k = dict(relative=result.relative[..., :1].expand(-1, -1, n), tokens=torch.full((5, n), 4), group=torch.arange(n))
+    own = dict(own_loss=torch.full((2, n), 3.0).double(), own_kl=torch.ones(n).double(), loss=loss, kl=loss - 3, added_kl=kl)
+    return replace(result, **k, **own)
+
+
+def test_more_than_controls_is_said_beyond_noise_alone(result: ActivationDifferenceResult) -> None:
+    same = dict(gone=0.5)
+    assert "nats per token, more than control directions" in synthetic(result, effect=0.5, noise=0.02, control=0.01, **same).summary()
+    noisy = synthetic(result, effect=0.08, noise=0.091, control=0.01, **same)
+    assert "+0.08 +- 0.091 nats per token, within the noise between texts no more than control directions" in noisy.summary()
+    # Both are far above 0, and what they differ by is not.
+    near = synthetic(result, effect=0.5, noise=0.02, control=0.49, **same)
+    assert "within the noise between texts no more than control" in near.summary()
+    assert "token, no more than control directions" in synthetic(result, effect=0.1, noise=0.001, control=-0.3, **same).summary()
+    # Losses fall here, and the control's falls less.
+    assert "token, more than control" in synthetic(result, effect=-0.5, noise=0.02, control=0.1, **same).summary()
+
+
+def test_where_the_shift_undoes_tuning(result: ActivationDifferenceResult, biased: Any) -> None:
+    clear = synthetic(result, effect=0.5, noise=0.02, control=0.0, gone=0.6)
+    site, share = clear.undone()
+    assert site == result.labels["causal"][2] and float(share.value) == pytest.approx(0.6) and 0.5 < float(share.low) < 0.6
+    assert f"adding it to base at {site} leaves 40 [" in clear.summary()
+    # A control does as much; then nothing does anything beyond noise.
+    likewise = replace(clear, added_kl=torch.cat([clear.added_kl[:1], clear.added_kl[:1], clear.added_kl[2:]]))
+    assert likewise.undone() is None and "undoes no clear share of KL(tuned || base)" in likewise.summary()
+    assert synthetic(result, effect=0.5, noise=0.1, control=0.0, gone=0.1).undone() is None
+    assert synthetic(result, effect=0.5, noise=0.02, control=0.0, gone=-0.6).undone() is None
+    assert biased[2].undone()[0] == "L1.resid_post" and float(biased[2].undone()[1].value) == pytest.approx(1, abs=1e-6)
+
+
 def test_what_overflows_is_said(pair: ModelPair) -> None:
     broken = Edit((ActivationChange(Site("resid_post", 1), "add", torch.full((24,), torch.inf)),))
     with pair.tuned.edited(broken), pytest.raises(InputError, match=r"L1.resid_post of tuned .* is not finite"):

@@ -193,6 +193,15 @@ def test_prompts_of_one_context_count_once(pair: ModelPair) -> None:
     assert once.to_frame().set_index(["kind", "head"]).change_se["distance", "L0H3"] == pytest.approx(float(values.std()) / math.sqrt(3))
 
 
+def test_one_prompt_has_no_error(pair: ModelPair) -> None:
+    for model in (pair, pair.base):
+        one = attention_patterns(model, prompts(ROWS[:1])).summary()
+        same = attention_patterns(model, prompts([ROWS[0], ROWS[3]], contexts=("a", "a"))).summary()
+        assert "1 prompt, so no s.e." in one and "2 prompts in 1 context, so no s.e." in same
+        for told in (one, same):
+            assert "s.e. over" not in told and "+-" not in told and "nan" not in told
+
+
 def test_positions_that_no_prompt_has(pair: ModelPair) -> None:
     """Named by a file of prompts, but nowhere there, or in prompts of one token only."""
     got = attention_patterns(pair, prompts(positions={"S": ((),) * 5, "T": ((), (), (0,), (), ()), "IO": PLACES["IO"]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -498,7 +499,7 @@ def test_factors_are_collected_once(cli, small, monkeypatch, tmp_path) -> None:
     (folder,) = Path("o/factors").iterdir()  # one base, one text
     command = told["results"][0]["command"]
     assert f"--factors={folder}" in [word.replace(f"{tmp_path}/", "") for word in command] and "--prompts-n=12" in command
-    assert any("times what a random change of the same norm gives" in s for s in told["verdict"])
+    assert any("times what a random change with the same singular values gives" in s for s in told["verdict"])
     assert any("by heart base recites 100%" in s for s in told["verdict"]) and told["columns"]
     before = (folder / "index.json").stat().st_mtime_ns
     monkeypatch.setattr(interp.HookedModel, "wrapped", property(lambda self: pytest.fail("everything is there, so nothing is loaded")))
@@ -520,6 +521,10 @@ def test_large_factors_are_left_out(cli, small, monkeypatch) -> None:
     monkeypatch.setattr(COMPARE, "MUCH", 1e3)
     code, out, _ = cli("base", "boxes-tuned", "--only=pair_check,delta_curvature", "--out=o")
     assert code == 0 and "left out: delta_curvature on plain_text: the factors would take" in out and "--effort full" in out
+    told = json.loads(Path("o/report.json").read_text())["plan"][0].splitlines()[1:]
+    assert len(told) == 2 and told[0].startswith("interp factors base --task=plain_text --n=12 --out=")
+    for line in told:
+        assert main(shlex.split(line)[1:]) == 0, line
     code, out, _ = cli("base", "boxes-tuned", "--only=delta_curvature", "--effort=full", "--out=o")
     assert code == 0 and "left out" not in out
 
@@ -538,3 +543,11 @@ def test_numbers_in_the_factors_of_a_model(tmp_path) -> None:
             place = {"W_Q": "attention", "W_K": "attention", "W_V": "attention", "W_in": "mlp", "W_gate": "mlp"}
             reads[site.layer, place.get(site.component, site.component)] = factors.A(site).numel()
         assert _factors(pair.shape) == sum(seen.values()) + sum(reads.values()), kind
+
+
+def test_a_path_between_weights_needs_answers_and_says_so(cli, pair, small, pairs_file) -> None:
+    Path("texts.txt").write_text("The ring is in the box\nThe key is in the box\n")
+    code, out, _ = cli(*pair, "--prompts=texts.txt", "--only=weight_delta,weight_path", "--out=o")
+    assert code == 0 and "left out: weight_path: it needs answers: name a task with --task" in out
+    code, out, _ = cli(*pair, "--prompts", pairs_file, "--only=weight_path", "--out=o2")
+    assert code == 0 and "left out" not in out and "weight_path" in Path("o2/report.json").read_text()

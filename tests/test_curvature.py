@@ -16,14 +16,17 @@ from interp.models import HookedModel
 from interp.models.batch import Batch
 from interp.models.curvature import (
     Eigen,
+    band,
     coordinates,
     eigen,
     grid,
     kept,
     mask,
     mass_of,
+    products,
     random_shares,
     random_sharpness,
+    rotated,
     sharpest,
     staircase,
     threshold,
@@ -336,6 +339,38 @@ def test_random_changes_are_as_expected() -> None:
     sharp = random_sharpness(e)
     assert float(quadratic.mean()) == pytest.approx(float(sharp.mean), rel=0.02)
     assert float(quadratic.std()) == pytest.approx(float(sharp.sd), rel=0.03)
+
+
+@pytest.mark.parametrize("singular", [(1.0,), (2.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0), (3.0, 2.0, 1.0, 0.5, 0.25)])
+def test_random_changes_of_low_rank_stray_further(singular: tuple[float, ...]) -> None:
+    """Turned at random on both sides: against draws, in the quadratic form and in bands of the staircase."""
+    e, draws, generator = basis(5, 7), 40000, torch.Generator().manual_seed(1)
+    s = torch.tensor(singular, dtype=torch.float64)
+
+    def turned(n: int) -> torch.Tensor:
+        q, r = torch.linalg.qr(torch.randn(draws, n, len(s), generator=generator, dtype=torch.float64))
+        return q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # Haar
+
+    d = (turned(5) * s) @ turned(7).mT / s.norm()
+    spread = float(s.pow(4).sum() / s.square().sum().square())
+    quadratic = (d.square() * e.mu[:, None] * e.lam).sum((1, 2))
+    found = rotated(products(e), spread)
+    assert float(quadratic.mean()) == pytest.approx(float(found.mean), rel=0.02)
+    assert float(quadratic.std()) == pytest.approx(float(found.sd), rel=0.03)
+    cuts = [torch.zeros(7, dtype=torch.long), staircase(e.lam, e.mu, 0.5), staircase(e.lam, e.mu, 0.9), torch.full((7,), 5)]
+    for inner, outer in zip(cuts, cuts[1:], strict=False):
+        place = torch.arange(5)[:, None]
+        inside = (place < outer) & (place >= inner)
+        share = d.square()[:, inside].sum(1)
+        found = rotated(band(inner, outer, 5), spread)
+        assert float(found.mean) == pytest.approx(float(inside.double().mean()))
+        assert float(share.std()) == pytest.approx(float(found.sd), rel=0.03), (inner, outer)
+
+
+def test_the_spread_of_one_direction_is_that_of_the_sphere() -> None:
+    """1 x n: there is one singular value and nothing to turn on the other side, so it is the isotropic change."""
+    e = Eigen(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64), torch.eye(3), torch.ones(1, dtype=torch.float64), torch.eye(1))
+    assert float(rotated(products(e), 1.0).sd) == pytest.approx(float(random_sharpness(e).sd), rel=1e-12)
 
 
 # ---- the analysis of spectra

@@ -127,6 +127,28 @@ def test_the_mean_over_positions_is_right_on_a_trained_model(tmp_path) -> None:
         assert 0.5 < float(result.predicted.sum() / result.small_kl.value) < 2
 
 
+def test_chance_takes_changes_of_low_rank_further(tmp_path) -> None:
+    """Of rank 1 in every matrix, drawn at random: the spread that is said is the one that is seen (an isotropic one is a third)."""
+    source = tiny("llama")
+    model = HookedModel.load(source)
+    factors = written(model, tmp_path / "f")
+    names, found = ("L0.W_in", "L1.W_out", "L2.W_gate"), []
+    for draw in range(30):
+        g = torch.Generator().manual_seed(draw)
+        deltas = {}
+        for name in names:
+            rows, columns = model.weight(name).shape
+            deltas[name] = torch.randn(rows, 1, generator=g) @ torch.randn(1, columns, generator=g) / 30
+        result = delta_curvature(pair_of(source, deltas), factors)
+        i = [result.names.index(n) for n in names]
+        found.append((result.sharpness[i] - 1) / result.sharpness_sd[i])
+    z = torch.stack(found)
+    assert 0.75 < float(z.square().mean().sqrt()) < 1.3 and abs(float(z.mean())) < 0.35
+    assert float(result.whole[1]) > 0 and result.whole[0] == pytest.approx(
+        float(result.predicted.nansum() / result.predicted_random.nansum())
+    )
+
+
 # ---- the analysis
 
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from interp.edits import Edit, WeightChange
 from interp.errors import InputError
-from interp.models import Factors, HookedModel, kfac, kfac_factors, weights
-from interp.models.curvature_edits import curvature_edit
+from interp.models import Factors, HookedModel, ModelPair, kfac, kfac_factors, weights
+from interp.models.curvature_edits import curvature_edit, curvature_edits
 from interp.models.factors import cut, whole
 from interp.models.outer_sums import OuterSums
 from interp.results import Result, analysis
@@ -356,6 +356,46 @@ def test_more_prompts_go_on_with_the_sums(tmp_path: Path, one_by_one: list[list[
     assert Factors.open(folder).n == SCORED  # a refusal leaves them whole
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_killed_extension_counts_nothing_twice(
+    passes: int, groups: int, tmp_path: Path, one_by_one: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first save, the first factors are what the folder has; afterwards only the same prompts go on."""
+    model, folder, more = HookedModel.load(tiny("llama")), tmp_path / "factors", [[8, 9, 2], [17, 2, 4, 4]]
+    known = kfac_factors(model, [*PROMPTS, *more], tmp_path / "known")
+    first = kfac_factors(model, PROMPTS, folder, groups=groups)
+    run, left = kfac._Collection._pass, [passes]
+
+    def dies(self: Any, rows: list[int]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        run(self, rows)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(kfac._Collection, "_pass", dies)
+        kfac_factors(model, more, folder)
+    one_by_one.clear()
+    if not passes:
+        assert Factors.open(folder).digest == first.digest
+        again = kfac_factors(model, PROMPTS, folder)
+        assert again.n == SCORED and again.digest == first.digest and not one_by_one
+        with pytest.raises(InputError, match=r"have 1 of these 2 prompts, the first of them prompt 1, already"):
+            kfac_factors(model, [[8, 9], PROMPTS[0]], folder)
+    else:
+        message = r"unfinished collection: 1 prompts were done .* give again those that were being added to the 5 before to go on, or"
+        for others in (PROMPTS, [*PROMPTS, *more]):
+            with pytest.raises(InputError, match=message):
+                kfac_factors(model, others, folder)
+        with pytest.raises(InputError, match=r"have 5 of these 6 prompts, the first of them prompt 1, already; give again"):
+            kfac_factors(model, [more[0], *PROMPTS], folder)
+        with pytest.raises(InputError, match="interrupted"):
+            Factors.open(folder)
+    found = kfac_factors(model, more, folder)
+    assert differs(found, known) < 1e-12 and found.digest == known.digest and found.meta == known.meta
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_same_prompts_again_are_nothing_to_do(parts: int, tmp_path: Path, one_by_one: list[list[int]]) -> None:
     model, folder = HookedModel.load(tiny("gpt2")), tmp_path / "factors"
@@ -505,16 +545,48 @@ def test_half_precision_is_summed_in_full(folder: Path) -> None:
         ({"modules": 3}, "has no 3; its matrices are"),
         ({"labels": "true"}, "labels are 'sampled' or 'gold', not 'true'"),
         ({"groups": 0}, "number of parts, from 1; got 0"),
+        ({"groups": "2"}, "number of parts, from 1; got '2'"),
+        ({"groups": 1.5}, "number of parts, from 1; got 1.5"),
+        ({"groups": True}, "number of parts, from 1; got True"),
         ({"seed": 1.5}, "whole number"),
         ({"prompts": []}, "no prompts"),
+        ({"prompts": 5}, "kfac_factors reads Prompts, texts, or lists of token ids, but 5 came"),
+        ({"prompts": None}, "kfac_factors reads Prompts, texts, or lists of token ids, but None came"),
+        ({"folder": None}, "given by its path, such as 'results/factors', but None came"),
+        ({"model": "base"}, "^kfac_factors takes one model, what HookedModel.load returns, but 'base' came$"),
+        ({"model": None}, "^kfac_factors takes one model, what HookedModel.load returns, but a NoneType came$"),
         ({"prompts": [[3], [4]]}, "no prompt has two tokens"),
         ({"prompts": [[3, 99]]}, "token id 99 is outside"),
     ],
 )
 def test_refusals(settings: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(InputError, match=message):
-        kfac_factors(HookedModel.load(tiny("gpt2")), **{"prompts": PROMPTS, "folder": folder, **settings})
+        kfac_factors(**{"model": HookedModel.load(tiny("gpt2")), "prompts": PROMPTS, "folder": folder, **settings})
     assert not folder.exists()
+
+
+def test_a_pair_or_a_name_is_no_model_of_theirs(folder: Path) -> None:
+    model = HookedModel.load(tiny("gpt2"))
+    pair: Any = ModelPair(model, model)
+    with pytest.raises(InputError, match=r"^kfac_factors takes one model, pair.base or pair.tuned, but a ModelPair came$"):
+        kfac_factors(pair, PROMPTS, folder)
+    found = kfac_factors(model, PROMPTS, folder, layers=[0], modules=["W_in"])
+    where: dict[str, Any] = {"layers": 0, "modules": "W_in", "mass": 0.5}
+    others: list[tuple[Any, str]] = [
+        (pair, "pair.base or pair.tuned, but a ModelPair"),
+        ("base", "what HookedModel.load returns, but 'base'"),
+    ]
+    for given, message in others:
+        with pytest.raises(InputError, match=f"^a curvature edit takes one model, {message} came$"):
+            curvature_edit(given, found, **where)
+    with pytest.raises(InputError, match="seed of random pairs is a whole number, but 'a' came"):
+        curvature_edit(model, found, **where, control="random", seed="a")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"masses is a list, such as \[0.9, 0.99\], but 0.5 came"):
+        curvature_edits(model, found, layers=0, modules="W_in", masses=0.5)  # type: ignore[arg-type]
+    nowhere: list[Any] = [5, None, b"f"]
+    for path in nowhere:
+        with pytest.raises(InputError, match="^a folder of factors is given by its path, .* came$"):
+            Factors.open(path)
 
 
 def test_a_loss_that_is_not_finite_names_its_prompt(folder: Path) -> None:

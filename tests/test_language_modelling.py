@@ -122,8 +122,15 @@ def test_bad_input(pair) -> None:
         interp.language_modelling(pair, prompts, block=100000)
     with pytest.raises(InputError, match="group is a number of blocks"):
         interp.language_modelling(pair, prompts, group=0)
-    with pytest.raises(InputError, match="k is the number of tokens ranked"):
-        interp.language_modelling(pair, prompts, k=0)
+    for who in (pair, pair.base):
+        for k in (0, -3, True, 1.5, 10**6):
+            with pytest.raises(InputError, match=r"k is the number of tokens ranked, 1 to \d+; got"):
+                interp.language_modelling(who, prompts, k=k)  # type: ignore[arg-type]
+    for given in (5, None, 1.5):
+        with pytest.raises(InputError, match=f"^language_modelling reads Prompts, such as a task generates, not {given}$"):
+            interp.language_modelling(pair, given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="^language_modelling takes a model, .* or a ModelPair, but 'base' came$"):
+        interp.language_modelling("base", prompts)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="single token"):
         interp.language_modelling(pair, interp.Prompts.of(pair, ["a", "The ring is"]))
     with pytest.raises(InputError, match="clean or the corrupt"):

@@ -267,6 +267,17 @@ def test_one_prompt_has_no_interval_and_still_speaks() -> None:
     assert "n = 1 prompt" in r.summary() and r.to_frame().low.isna().all() and len(r.figures()) == 3
 
 
+def test_one_prompt_of_a_pair_claims_nothing_about_noise() -> None:
+    hf: Any = tiny("llama", seed=3)
+    pair = ModelPair.load(hf, shaken(hf, 0.3))
+    one = logit_attribution(pair, Prompts(TEXTS[:1], ROWS[:1], answers=ANSWERS[:1])).summary()
+    same = logit_attribution(pair, Prompts(TEXTS[:2], ROWS[:2], answers=ANSWERS[:2], contexts=("a", "a"))).summary()
+    single = logit_attribution(pair.base, Prompts(TEXTS[:1], ROWS[:1], answers=ANSWERS[:1])).summary()
+    assert "n = 1 prompt, so no interval" in one and "n = 1 context of 2 prompts, so no interval" in same
+    for told in (one, same, single):
+        assert "nan" not in told and "[" not in told and "noise" not in told and "p = " not in told and "clear" not in told
+
+
 def test_a_small_change_on_every_prompt_is_told_before_a_large_one_on_few() -> None:
     hf = tiny("llama", seed=3)
     many = Prompts(TEXTS[:1] * 12, ROWS[:1] * 12, answers=(9,) * 12, contexts=tuple(map(str, range(12))))

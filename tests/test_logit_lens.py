@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,6 +206,29 @@ def test_one_prompt_has_no_interval_and_still_speaks() -> None:
     hf = tiny("llama", seed=3)
     r = logit_lens(ModelPair.load(hf, shaken(hf)), prompts()[2:3])
     assert "n = 1 prompt" in r.summary() and len(r.figures()) == 5 and r.to_frame().low.isna().all()
+
+
+def test_one_prompt_of_a_pair_claims_nothing_about_noise() -> None:
+    hf: Any = tiny("llama", seed=3)
+    pair = ModelPair.load(hf, shaken(hf, 0.3))
+    one = logit_lens(pair, Prompts(TEXTS[:1], ROWS[:1], answers=ANSWERS[:1])).summary()
+    same = logit_lens(pair, Prompts(TEXTS[:2], ROWS[:2], answers=ANSWERS[:2], contexts=("a", "a"))).summary()
+    assert "n = 1 prompt, so no interval" in one and "n = 1 context of 2 prompts, so no interval" in same
+    for told in (one, same):
+        assert "nan" not in told and "[" not in told and "noise" not in told and "p = " not in told and "interval " not in told
+
+
+def test_earlier_is_fewer_blocks(result: LogitLensResult) -> None:
+    base, tuned = torch.tensor([3.0, 2, 3, 1, 2]), torch.tensor([2.0, 2, 1, 1, 1])
+    earlier = replace(result, decided=torch.stack([base, tuned]).double())
+    found = earlier.moved()[0]
+    assert f"tuned takes 0.8 [{-float(found.high):.3g}, {-float(found.low):.3g}] blocks fewer on the 5 prompts" in earlier.summary()
+    assert (
+        "tuned takes 0.8 [" in (later := replace(result, decided=torch.stack([tuned, base]).double()).summary()) and "blocks more" in later
+    )
+    alone = torch.full((2, 5), torch.nan).double()
+    alone[0, 1], alone[1, 1] = 3, 1
+    assert "tuned takes 2 blocks fewer on the 1 prompt that both decide" in replace(result, decided=alone).summary()
 
 
 def test_nothing_decided_says_never() -> None:

@@ -25,10 +25,11 @@ from interp.errors import InputError  # noqa: E402
 from interp.models import HookedModel  # noqa: E402
 from interp.models.batch import Batch  # noqa: E402
 from interp.models.curvature import eigen, staircase  # noqa: E402
-from interp.models.curvature_edits import curvature_edit  # noqa: E402
+from interp.models.curvature_edits import curvature_edit, curvature_edits  # noqa: E402
 from interp.models.factors import Factors  # noqa: E402
 from interp.sites import Site  # noqa: E402
 from interp.sweeps.language import block_losses  # noqa: E402
+from interp.tasks import reciting  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,38 @@ def test_the_notebook_finds_its_factors_again(tmp_path, monkeypatch, capsys) -> 
     assert found[0].digest == found[1].digest and found[0].path == found[1].path
 
 
+# ---- what it is about
+
+
+def test_what_is_learnt_by_heart_falls_before_clean_loss_does(at, base, tmp_path) -> None:
+    """Canaries that base recites, from a ladder of cuts: flat directions, as much curvature at the sharp end, as many random pairs."""
+    where: dict[str, Any] = {"layers": 0, "modules": ("W_gate", "W_in")}
+    factors = study.kfac_factors(base, study.mixture(1), tmp_path / "f", modules=where["modules"], layers=[0])
+    before, counts = block_losses(base, at.text), at.text.lengths - 1
+    canaries = reciting.passages(base, at.held)
+
+    def recited() -> float:
+        return float((reciting.forced(base, canaries) == canaries.lengths).double().mean())
+
+    def ladder(*masses: float, control: Any = None, seed: int = 0) -> dict[float, tuple[float, float]]:
+        """Mass -> share recited, and what the loss of clean text grows by."""
+        found = {}
+        for mass, edit in zip(masses, curvature_edits(base, factors, **where, masses=masses, control=control, seed=seed), strict=True):
+            with base.edited(edit):
+                grown = ((block_losses(base, at.text) - before) * counts).sum() / counts.sum()
+                found[mass] = (recited(), float(grown))
+        return found
+
+    assert recited() == 1
+    flat, mild = ladder(0.95, 0.98, 0.995, 0.998), (0.995, 0.998)
+    sharp, random = ladder(*mild, control="top_removed"), [ladder(*mild, control="random", seed=seed) for seed in (0, 1)]
+    for mass in mild:
+        assert flat[mass][0] == 0 and flat[mass][1] < 0.02, "nothing is recited, while the loss is still what it was"
+        assert sharp[mass][0] == 1, "the same share of the curvature, taken away at the sharp end, leaves recitation"
+        assert all(cut[mass][1] > max(0.03, 5 * flat[mass][1]) for cut in random), "as many pairs at random cost several times more"
+    assert flat[0.98][1] > 0.05 and flat[0.95][1] > 0.3, "the loss rises later"
+
+
 # ---- the table
 
 
@@ -208,6 +241,21 @@ def test_intervals_of_retentions_hold_the_truth(share: float, kept: float, monke
         e = one_cut({"logic: l": before}, {"logic: l": after}).retention("x", "logic: l")
         held += bool(e.low <= kept + 0.1 * (1 - share) / share <= e.high)
     assert held >= 0.9 * times
+
+
+def test_the_coverage_that_is_told_is_the_coverage() -> None:
+    """Summed over all outcomes of 24 prompts that base gets right, for every share that is kept."""
+    n, kept = 24, torch.arange(0.001, 1, 0.001, dtype=torch.float64)
+    cases = [one_cut({"logic: l": torch.ones(n)}, {"logic: l": torch.arange(n) < k}).retention("x", "logic: l") for k in range(n + 1)]
+    inside = torch.stack([(e.low <= kept) & (kept <= e.high) for e in cases])
+    k = torch.arange(n + 1, dtype=torch.float64)[:, None]
+    held = (torch.distributions.Binomial(n, kept[None]).log_prob(k).exp() * inside).sum(0)
+    told = " ".join((MemorisationResult.draws.__doc__ or "").split())
+    assert (
+        f"in {float(held.min()):.0%}".replace("%", " %") in told
+        and f"holds the truth in {float(held.mean()):.0%}".replace("%", " %") in told
+    )
+    assert min(abs(float(kept[held.argmin()]) - s) for s in (0.1, 0.9)) < 0.01 and "s = 0.9" in told
 
 
 @pytest.mark.parametrize(("n", "kept"), [(24, 0.99), (24, 0.97), (24, 0.9), (120, 0.97)])

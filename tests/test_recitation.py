@@ -264,5 +264,8 @@ def test_bad_input(pair) -> None:
     for given in (["text"], "text", [[3, 4]]):
         with pytest.raises(InputError, match="^recitation needs Prompts, such as a task generates, not a (list|str)$"):
             interp.recitation(pair, given, tail=2)  # type: ignore[arg-type]
+    for who, came in (("base", "'base'"), (None, "a NoneType")):
+        with pytest.raises(InputError, match=f"^recitation takes a model, .* or a ModelPair, but {came} came$"):
+            interp.recitation(who, plain, tail=2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="target of prompt 1 is empty"):
         interp.recitation(pair, drawn(pair, [("The ring", " is"), ("The cup", "")]))

@@ -214,8 +214,51 @@ def test_half_precision() -> None:
     base = tiny("llama", seed=3).bfloat16()
     half = token_shift(ModelPair.load(base, shaken(base, size=0.3)), prompts(), top=4)
     assert half.numerical_floor > 0.01 and not half.half and not half.nothing
-    same = token_shift(ModelPair.load(base, copy.deepcopy(base)), prompts())
-    assert same.nothing and len(same.tokens) == 0
+    assert half.counted < 0.5 * half.numerical_floor and "counted is what is above the typical" in half.summary()
+
+
+def test_one_coarse_cell_does_not_blind_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision one log-probability may round badly; shifts below that are counted all the same, as they are in float32."""
+    plain = tiny("llama", seed=3)
+    base, tuned = copy.deepcopy(plain).bfloat16(), shaken(plain, size=0.1).bfloat16()
+    fine = token_shift(ModelPair.load(copy.deepcopy(base).float(), copy.deepcopy(tuned).float()), prompts(), top=4)
+    sizes = home.rounding_sizes
+
+    def one_bad_cell(*given: Any) -> Any:
+        return replace(sizes(*given), largest=0.4 * fine.largest)
+
+    monkeypatch.setattr(home, "rounding_sizes", one_bad_cell)
+    half = token_shift(ModelPair.load(base, tuned), prompts(), top=4)
+    more, less = (r.sums[[MEASURES.index("more"), MEASURES.index("less")]].sum() / r.positions.sum() for r in (fine, half))
+    assert (
+        half.numerical_floor == pytest.approx(0.8 * fine.largest)
+        and fine.counted == fine.numerical_floor
+        and float(less) > 0.5 * float(more)
+    )
+
+
+def test_half_precision_against_itself_is_nothing() -> None:
+    base = tiny("llama", seed=3).bfloat16()
+    same = token_shift(ModelPair.load(base, copy.deepcopy(base)), prompts(), top=4)
+    assert same.largest == 0 and same.nothing and len(same.tokens) == 0 and same.summary().startswith("0 tokens")
+
+
+def test_rounding_sizes_by_hand(pair: ModelPair) -> None:
+    """Weights in bfloat16 against the same weights in float32, one prompt at a time."""
+    half = HookedModel.load(copy.deepcopy(tiny("llama", seed=3)).bfloat16())
+    found = predictions.rounding_sizes(half, half.batch(prompts()), 31)
+    logits = [
+        [m(torch.tensor([row])).logits[0].float().log_softmax(-1) for row in ROWS]
+        for m in (half.wrapped.source, copy.deepcopy(half.wrapped.source).float())
+    ]
+    off = torch.cat([a - b for a, b in zip(*logits, strict=True)]).detach().double()
+    assert found.largest >= float(off.abs().max()) * 0.99 and not found.lacking
+    assert found.typical == pytest.approx(float(off.square().mean().sqrt()), rel=0.1) and found.typical < 0.5 * found.largest
+
+
+def test_one_text_is_no_test(pair: ModelPair) -> None:
+    told = token_shift(pair, prompts(ROWS[:1]), top=4).summary()
+    assert "1 text, so no test" in told and "1 texts" not in told and "nan" not in told and "noise" not in told and "p = " not in told
 
 
 def test_windows_by_hand() -> None:

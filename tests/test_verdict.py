@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+import interp
 from interp.analyses.task_accuracy import SIDES, TaskAccuracyResult
 from interp.analyses.token_divergence import TokenDivergenceResult
 from interp.analyses.tuco import TucoResult
@@ -218,3 +220,54 @@ def test_what_a_circuit_brings_across_is_told_with_its_share_or_without_one() ->
     assert "too close to say which share of the change that is (tuned - base 0.025 +- " in told
     assert "cmap has 40 prompts" in " ".join(cautions([crossed(10, 30, 35)]))
     assert not [line for line in cautions([crossed(10, 130, 135, n=200)]) if "cmap" in line]
+
+
+# ---- the first look, on real results
+
+
+@pytest.fixture(scope="module")
+def looks():
+    """Pair -> results of the first look on a few prompts."""
+    found = {}
+    for tuned in ("base", "boxes-tuned"):
+        pair = interp.ModelPair.load("base", tuned)
+        text, boxes = interp.task("plain_text").generate(pair, 6), interp.task("boxes").generate(pair, 12)
+        found[tuned] = [
+            interp.completions(pair, boxes[:3], new_tokens=3, samples=1),
+            interp.token_shift(pair, text),
+            interp.weight_path(pair, boxes, text, alphas=(0.0, 0.5, 1.0)),
+            interp.activation_difference(pair, text, draws=2),
+            interp.logit_lens(pair, boxes),
+            interp.logit_attribution(pair, boxes),
+            interp.attention_patterns(pair, boxes),
+        ]
+    return found
+
+
+def test_base_against_base_is_no_difference_in_every_sentence(looks) -> None:
+    told = verdict(looks["base"])
+    assert len(told) == 7 and all("beyond rounding" in sentence for sentence in told), told
+
+
+def test_sentences_of_the_first_look_have_the_numbers_of_the_results(looks) -> None:
+    results = {r.meta.analysis: r for r in looks["boxes-tuned"]}
+    told = verdict(looks["boxes-tuned"])
+    assert not any("beyond rounding" in sentence or "nan" in sentence for sentence in told), told
+    path, lens, difference = (results[n] for n in ("weight_path", "logit_lens", "activation_difference"))
+    (line,) = (s for s in told if s.startswith("On the straight line"))
+    right = path.curve("right")
+    assert f"{float(right.value[1]):.0%} [{float(right.low[1]):.0%}, {float(right.high[1]):.0%}] at 0.5" in line and "(n = 12)" in line
+    (layers,) = (s for s in told if s.startswith("Read layer by layer"))
+    for side in ("base", "tuned"):
+        first, low, high = lens.decision(side)
+        assert f"{'no layer' if first == 'never' else first}{'' if low == high else f' [{low} to {high}]'}" in layers
+    (streams,) = (s for s in told if s.startswith("The residual streams differ"))
+    undone = difference.undone()
+    assert ("undoes" in streams) == (undone is not None) and (undone is None or f"at {undone[0]}, undoes" in streams)
+
+
+def test_what_has_no_answers_is_not_called_an_answer() -> None:
+    pair = interp.ModelPair.load("base", "boxes-tuned")
+    text = interp.task("plain_text").generate(pair, 4)
+    (layers, parts) = verdict([interp.logit_lens(pair, text), interp.logit_attribution(pair, text)])
+    assert "half of the tokens that base holds most likely" in layers and "Of what writes the token that base holds most likely" in parts

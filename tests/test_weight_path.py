@@ -187,7 +187,7 @@ def test_barrier_and_best_by_hand(result: WeightPathResult) -> None:
     alpha, found = made.barrier()  # type: ignore[misc]
     # above the straight line: 3 - .5, 0, 0 and 0 - .5; weighed by tokens (8 * 2.5 - 3 * .5) / 17
     assert alpha == 0.25 and float(found.value) == pytest.approx(18.5 / 17) and float(found.low) < 18.5 / 17 < float(found.high)
-    assert float(made.main_numbers()["barrier of the loss on text, nats per token"]["tuned"].value) == pytest.approx(18.5 / 17)
+    assert float(made.main_numbers()["barrier of the loss of text, nats per token"]["tuned"].value) == pytest.approx(18.5 / 17)
     best = made.best
     assert best.alpha == 1 and best.share == 1 and float(best.change.value) == 0  # as good as 1.25 and nearer to itself
     assert float(made.change("text", 0.25, 0.0).value) == pytest.approx(24 / 17)
@@ -216,6 +216,23 @@ def test_half_precision_has_its_floor() -> None:
     assert 0 < float(got.kl[0, 0, 1].max()) <= got.floor[1]  # base itself runs in bfloat16
     same = weight_path(ModelPair.load(base, copy.deepcopy(base)), prompts(), text(), alphas=ALPHAS)
     assert same.nothing and (same.loss == same.loss[0, 0]).all()
+
+
+def test_half_precision_says_where_points_are_computed(result: WeightPathResult) -> None:
+    base = tiny("llama", seed=3).bfloat16()
+    half = weight_path(ModelPair.load(base, shaken(base, size=0.3)), prompts(), text(), alphas=(0.5,))
+    assert half.gap > 0 and half.dtype == "float32"
+    assert f"computed in float32, where logits of the ends are up to {half.gap:.2g} from the models' own" in half.summary()
+    assert result.gap == 0 and "computed in" not in result.summary()
+
+
+def test_one_prompt_and_one_text_have_no_interval() -> None:
+    base = tiny("llama", seed=3)
+    told = weight_path(ModelPair.load(base, shaken(base, size=0.3)), prompts(ASKED[:1]), text(TEXT[:1]), alphas=(-0.5, 0.5)).summary()
+    assert "nan" not in told and "[" not in told and "of resamples" not in told
+    assert "n = 1 prompt, so no interval" in told and "1 text, so no interval" in told and "texts" not in told
+    both = weight_path(ModelPair.load(base, shaken(base)), prompts(contexts=tuple("aabbcc")), text(), alphas=(0.5,)).summary()
+    assert "n = 3 contexts of 6 prompts" in both and "4 texts; numerical floor" in both
 
 
 def test_models_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from interp.results import Result, analysis
 from interp.sites import Site
 from interp.spelling import spelled
 from interp.stats import Estimate, permutation, ratio_of_means, standard_error
+from interp.sweeps.asked import units
 from interp.sweeps.mean_vectors import MeanVectors, prompt_weights, readouts
 from interp.sweeps.projections import LEVEL, MEAN, RANDOM, TAKEN, TEXTS, effects
 from interp.sweeps.residuals import MEASURES, Places, Totals, floor, stream_sites, totals
@@ -40,6 +41,7 @@ OUTLIER = 100.0
 
 _FLIPS = 19  # random signs of the texts: what the mean difference would be if it were noise
 _CAUSAL = 8
+_LEVEL = 0.05
 _SHOWN = 5
 _AXIS = "blocks passed (0 is what enters the first)"
 
@@ -172,6 +174,27 @@ class ActivationDifferenceResult(Result):
         start, left = (self._per_context(torch.where(tried, x, torch.nan)) for x in (self.own_kl, left))
         return ratio_of_means(start[:, None] - left, start)
 
+    def undone(self) -> tuple[str, Estimate] | None:
+        """The site at which adding the mean difference to base undoes most of KL(tuned || base), and which share.
+
+        None where at no site the interval of that share lies above 0 and above what vectors between texts, as long, undo. The interval
+        is that of one site, as it would be had that site been chosen beforehand.
+        """
+        if not self.beyond or not self.measured:
+            return None
+        shift = self.moved()
+        controls = torch.stack([torch.zeros_like(shift.value), *(self.moved(w).value for w in range(1, len(self.labels["added"])))])
+        clear = shift.low > controls.nan_to_num(0.0).amax(0)  # not where an end is NaN
+        if not bool(clear.any()):
+            return None
+        best = int(shift.value.masked_fill(~clear, -math.inf).argmax())
+        return self.labels["causal"][best], Estimate(shift.value[best], shift.low[best], shift.high[best])
+
+    @property
+    def measured(self) -> bool:
+        """What directions do was measured somewhere: it needs two contexts, sites, and a difference there."""
+        return bool(self.labels["causal"]) and not bool(self.loss[0].isnan().all())
+
     def _ways(self, kind: str) -> list[int]:
         return [
             i
@@ -185,7 +208,7 @@ class ActivationDifferenceResult(Result):
         """The largest relative norm, what of it is one direction, and what that direction does."""
         k = self._place(None)
         mean, error = self._curve(self.relative, k)
-        n = f"{len(self.group)} texts" if len(self.group) == int(self.group.max()) + 1 else f"{int(self.group.max()) + 1} contexts"
+        n = units(self.group, "text")
         limit = float(self.floor[0].max())
         if not self.beyond:
             return (
@@ -202,23 +225,48 @@ class ActivationDifferenceResult(Result):
         return f"{told}; {self._causal_words()}"
 
     def _causal_words(self) -> str:
-        if not self.labels["causal"] or bool(self.loss[0].isnan().all()):
+        if not self.measured:
             return "what the shift does was not measured"
         change = self.changes
         mean, error = change.nanmean(0), standard_error(change)
         at = int(mean[0].abs().nan_to_num(0.0).argmax())
-        controls = mean[self._ways(RANDOM) + self._ways(TEXTS), at]
-        low, high = (float(end) for end in _ends(controls))
-        more = "more" if float(mean[0, at].abs()) > max(abs(low), abs(high)) else "no more"
+        low, high = (float(end) for end in _ends(mean[self._controls, at]))
         told = (
             f"projecting it out of tuned changes the loss most at {self.labels['causal'][at]}, by {float(mean[0, at]):+.2g}"
-            f"{_error(error[0, at])} nats per token, {more} than control directions ({low:+.2g} to {high:+.2g})"
+            f"{_error(error[0, at])} nats per token, {self._more(at)} control directions ({low:+.2g} to {high:+.2g})"
         )
-        moved = self.moved()
-        if bool(moved.value.isnan().all()):
+        if bool(self.moved().value.isnan().all()):
             return told
-        best = int(moved.value.nan_to_num(-math.inf).argmax())
-        return f"{told}, and adding it to base at {self.labels['causal'][best]} leaves {_left(moved, best)} of KL(tuned || base)"
+        if (found := self.undone()) is None:
+            return f"{told}, and adding it to base undoes no clear share of KL(tuned || base) at any site"
+        return f"{told}, and adding it to base at {found[0]} leaves {_left(found[1])} of KL(tuned || base)"
+
+    @property
+    def _controls(self) -> list[int]:
+        return self._ways(RANDOM) + self._ways(TEXTS)
+
+    def _whole(self) -> list[int]:
+        """Sites at which the mean difference could be projected out on every context."""
+        change = self.changes[:, 0]
+        return [c for c in range(change.shape[1]) if not bool(change[:, c].isnan().any())]
+
+    def _more(self, at: int) -> str:
+        """Whether the loss changes by more than without any control direction, beyond the noise between contexts.
+
+        Held against the control that changes it most. Both the change and what it has over that control are tested at every site.
+        """
+        sites, change = self._whole(), self.changes
+        size = change * change.nanmean(0).sign()  # so that the larger one is above
+        control = size[:, self._controls].nan_to_num(0.0)
+        strongest = control.mean(0).argmax(0)
+        over = size[:, 0] - control.gather(1, strongest.expand(len(control), 1, -1))[:, 0]
+        if not bool(over[:, at].nanmean() > 0):
+            return "no more than"
+        if at not in sites:
+            return "beside"
+        here, tests = sites.index(at), [permutation(x[:, sites]) for x in (change[:, 0], over)]
+        clear = all(float(test.adjusted[here]) <= _LEVEL for test in tests)
+        return "more than" if clear else "within the noise between texts no more than"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per site and place; ``per="prompt"``: also per prompt, where it has tokens there.
@@ -257,9 +305,15 @@ class ActivationDifferenceResult(Result):
         return pd.DataFrame(rows)
 
     def effects(self) -> pd.DataFrame:
-        """What directions do, one row per site and way: change of tuned's loss, and KL, without them; errors over contexts."""
+        """What directions do, one row per site and way: change of tuned's loss, and KL, without them; errors over contexts.
+
+        No rows where that was not measured.
+        """
         import pandas as pd
 
+        columns = ["site", "way", "loss_change", "loss_change_se", "kl"]
+        if not self.measured:
+            return pd.DataFrame(columns=columns)
         change, kl = self.changes, self._per_context(self.kl)
         errors = standard_error(change)
         rows = [
@@ -273,16 +327,15 @@ class ActivationDifferenceResult(Result):
             for c, site in enumerate(self.labels["causal"])
             for w, way in enumerate(self.labels["way"])
         ]
-        return pd.DataFrame(rows, columns=["site", "way", "loss_change", "loss_change_se", "kl"])
+        return pd.DataFrame(rows, columns=columns)
 
     def strongest(self, n: int = 10) -> pd.DataFrame | None:
         """Sites where projecting the mean difference out changes tuned's loss most, beside control directions."""
         import pandas as pd
 
-        if not self.labels["causal"] or bool(self.loss[0].isnan().all()):
+        if not self.measured:
             return None
-        change, controls = self.changes, self._ways(RANDOM) + self._ways(TEXTS)
-        alive = [c for c in range(change.shape[2]) if not bool(change[:, 0, c].isnan().any())]
+        change, controls, alive = self.changes, self._controls, self._whole()
         errors, moved = standard_error(change), self.moved()
         tested = permutation(change[:, 0, alive])
         rows = []
@@ -360,7 +413,7 @@ class ActivationDifferenceResult(Result):
             "Geometry": self._geometry(),
             "A constant shift": self._shift(),
         }
-        if self.labels["causal"] and not bool(self.loss[0].isnan().all()):
+        if self.measured:
             drawn |= {
                 "Without the shift": self._loss_figure((TAKEN, LEVEL, RANDOM), "Loss of tuned without the shift's direction"),
                 "Without other directions": self._loss_figure((TAKEN, MEAN, TEXTS), "Loss of tuned without directions that carry much"),
@@ -637,7 +690,6 @@ def _percent(x: Tensor) -> str:
     return "an unknown share" if bool(x.isnan()) else f"{100 * float(x):.0f} %"
 
 
-def _left(moved: Estimate, at: int) -> str:
-    low, high = 100 * (1 - float(moved.high[at])), 100 * (1 - float(moved.low[at]))
-    ends = "" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]"
-    return f"{100 * (1 - float(moved.value[at])):.0f}{ends} %"
+def _left(moved: Estimate) -> str:
+    value, low, high = (100 * (1 - float(x)) for x in (moved.value, moved.high, moved.low))
+    return f"{value:.0f} [{low:.0f}, {high:.0f}] %"

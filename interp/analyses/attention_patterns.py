@@ -185,15 +185,13 @@ class AttentionPatternsResult(Result):
 
     def summary(self) -> str:
         """The head whose attention moved most, by how much and towards what; the mean over heads, the floor, n."""
-        n, error = self._n, "s.e. over " + ("contexts" if " in " in self._n else "prompts")
+        n = self._n
         head = self.order[0]
         kind = self._told()[head][1]
         if self.distance is None:
             where = _pm(self.independent(self.values(kind))[:, head])
             means = ", ".join(f"{m} {_pm(self.independent(self.values(m)).mean(1))}" for m in MEASURES[:3])
-            end = (
-                f"mean over {len(self.heads)} heads: {means}; {n}, {error}; rounding moves it by up to {float(self.floor[:, :3].max()):.1g}"
-            )
+            end = f"mean over {len(self.heads)} heads: {means}; {n}; rounding moves it by up to {float(self.floor[:, :3].max()):.1g}"
             return f"{self.heads[head]} looks most one way: attention {_to(kind)} is {where} (even attention {self._even(kind):.2g}); {end}"
         floor = f"a model against itself up to {self.numerical_floor:.1g}" + self._lacking()
         every = self.independent(self._pair())
@@ -208,14 +206,20 @@ class AttentionPatternsResult(Result):
             f"Attention moved most in {self.heads[head]}: its rows differ by {_pm(every[:, head])} in total variation (0 to 1), and "
             f"attention {_to(kind)} goes from {sides[0]:.2g} to {sides[1]:.2g} "
             f"(change {by}); mean over {len(self.heads)} heads {_pm(every.mean(1))} "
-            f"({n}, {error}; {floor})"
+            f"({n}; {floor})"
         )
 
     @property
     def _n(self) -> str:
-        """How many prompts of two or more tokens, and of how many contexts if these are fewer."""
+        """How many prompts of two or more tokens, of how many contexts if these are fewer, and what the errors are over."""
         prompts, contexts = int((self.lengths > 1).sum()), len(self.independent(self.attention))
-        return f"{prompts} prompt{'s' * (prompts != 1)}" + (f" in {contexts} contexts" if contexts < prompts else "")
+        if contexts == 1:
+            return "1 prompt, so no s.e." if prompts == 1 else f"{prompts} prompts in 1 context, so no s.e."
+        return (
+            f"{prompts} prompts in {contexts} contexts, s.e. over contexts"
+            if contexts < prompts
+            else f"{prompts} prompts, s.e. over prompts"
+        )
 
     def _lacking(self) -> str:
         return ", without the rounding of half precision" if self.half else ""

@@ -179,7 +179,7 @@ class CompletionsResult(Result):
         found = {"greedy texts that are the same, share": {"tuned": Estimate(share, low, high)}}
         kind = SAMPLED[1] if SAMPLED[1] in self.kinds else GREEDY[1]
         e = self.interval(kind)
-        return found if e.refused else found | {f"log p_tuned - log p_base of what is {kind}, nats per token": {"tuned": e}}
+        return found if e.refused else found | {f"log p_tuned - log p_base of {kind} text, nats per token": {"tuned": e}}
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per kind of text, intervals at 95 % over prompts; ``per="prompt"``: one row per text.

@@ -18,10 +18,13 @@ from interp.models.curvature import (
     Eigen,
     Eigenbases,
     along,
+    band,
     check_mass,
     grid,
+    products,
     random_shares,
     random_sharpness,
+    rotated,
     staircase,
     wanted_sites,
 )
@@ -51,20 +54,22 @@ class DeltaCurvatureResult(Result):
         energy: share of ||delta||^2 in each band.
         base_energy: share of ||W_base||^2 there.
         chance: expected share of a random change, which is the band's share of the pairs.
-        chance_sd: standard deviation of a random change's share, exact.
+        chance_sd: standard deviation of a random change's share, exact. A random change has the singular values of delta and is turned
+            at random on both sides: chance takes one of low rank further.
         change: ||delta||.
         base_norm: ||W_base||.
         rounding: what rounding to the stored dtype alone gives ||delta||.
         curvature: delta^T (G kron A) delta.
         base_curvature: the same of W_base.
         mean_curvature: expectation for a random change of norm 1.
-        curvature_sd: standard deviation for a random change of norm 1, exact.
+        curvature_sd: standard deviation for a random change of norm 1 with delta's singular values, exact.
         loss: mean negative log-likelihood of next tokens, of base with a share of all these changes, and of tuned; None without prompts.
         kl: KL(base || changed), mean over the same positions.
         weight_kl: KL(base || base with the change of one matrix); None unless asked for.
         tokens: positions of each prompt.
         step: the small share of the change.
         positions: over which the factors are means.
+        needed: positions below which a factor lacks rank: the longest side of a matrix.
         targets: the labels that G's gradients are for.
         labels: of the axes weight, band and changed.
     """
@@ -86,6 +91,7 @@ class DeltaCurvatureResult(Result):
     tokens: Int[Tensor, " prompt"] | None
     step: float
     positions: int
+    needed: int
     targets: str
     labels: dict[str, tuple[str, ...]]
 
@@ -193,13 +199,14 @@ class DeltaCurvatureResult(Result):
     def summary(self) -> str:
         """Sharpness of the whole change beside chance and base's weights, and the predicted change of the loss beside the measured one."""
         noise = f"{len(self.names)} matrices, {self.positions} positions, labels {self.targets}"
+        noise += f"; too few positions: {self.needed} are needed for factors of full rank" if self.positions < self.needed else ""
         if not bool((self.change > 0).any()):
             return f"0 nats per position are predicted: tuning changed none of the matrices with factors ({noise})"
         band, base, chance = (
             float(self.total(*x)[0]) for x in ((self.energy, self.change), (self.base_energy, self.base_norm), (self.chance, self.change))
         )
         random = float(self.predicted_random.nansum())
-        spread = float((self.change.square() * self.curvature_sd / 2).square().nansum().sqrt())
+        spread = self.whole[1] * random
         told = float(self.predicted.nansum())
         measured = ""
         if self.kl is not None:
@@ -211,7 +218,8 @@ class DeltaCurvatureResult(Result):
                 measured += f"; changes of one matrix at a time give {float(self._mean(self.weight_kl).value.sum()):.3g} in all"
         floor = float(self.predicted_floor.nansum())
         return (
-            f"{linalg.ratio(told, random):.3g} times the curvature of a random change of the same norm: tuning's change is predicted to "
+            f"{linalg.ratio(told, random):.3g} times the curvature of a random change with the same singular values: "
+            f"tuning's change is predicted to "
             f"cost {told:.3g} nats per position in second order (random: {random:.3g} +- {spread:.2g}; rounding {floor:.1g}){measured}; "
             f"{band:.1%} of its squared norm is in the {self.labels['band'][0]} of the curvature, where {base:.1%} of base's and "
             f"{chance:.1%} of a random change's is ({noise})"
@@ -326,7 +334,7 @@ class DeltaCurvatureResult(Result):
         )
 
 
-@analysis(version=1)
+@analysis(version=2)
 def delta_curvature(
     pair: ModelPair,
     factors: Factors,
@@ -339,9 +347,9 @@ def delta_curvature(
     """Did tuning move the weights along directions that the loss of base is sharp in, or along flat ones?
 
     In the eigenbasis of base's K-FAC factors every pair of a direction read and one written has a curvature (Merullo et al. 2025, arXiv
-    2510.24256). Of the change of every matrix this says which share of its squared norm lies in which share of the curvature,
-    beside base's own weights and a random change of the same norm, whose expectation and spread are exact. Half of the quadratic
-    form is the second order of the mean loss per predicted position, in nats, for a matrix that changes alone.
+    2510.24256). Of the change of every matrix this says which share of its squared norm lies in which share of the curvature, beside
+    base's own weights and a random change with the same singular values, whose expectation and spread are exact. Half of the
+    quadratic form is the second order of the mean loss per predicted position, in nats, for a matrix that changes alone.
 
     With prompts the prediction stands beside what is measured: with labels drawn from base itself it predicts the mean
     KL(base || changed), which has no first order; the loss of given text has one, the gradient, which the prediction leaves out. Also
@@ -367,10 +375,11 @@ def delta_curvature(
         check_apart(pair.base, sites)  # what is measured changes one matrix at a time
     found: dict[str, dict[str, Tensor | float]] = {}
     deltas: dict[str, WeightChange] = {}
-    bases = Eigenbases(factors)
+    bases, needed = Eigenbases(factors), 0
     for change in changes(pair, desc="curvature of the change", only=frozenset(map(str, sites))):
         if change.site not in sites:  # beside a wanted one in a fused tensor
             continue
+        needed = max(needed, *change.base.shape)
         found[change.name] = _numbers(change, bases[change.site], masses)
         if prompts is not None and found[change.name]["change"]:
             deltas[change.name] = _as_edit(change)
@@ -390,6 +399,7 @@ def delta_curvature(
         tokens=measured.get("tokens"),
         step=float(step),
         positions=factors.n,
+        needed=needed,
         targets=str(factors.meta.get("labels", "not known")),
         labels={"weight": names, "band": tuple(bands), "changed": CHANGED},
     )
@@ -423,7 +433,8 @@ def _numbers(change: Change, e: Eigen, masses: tuple[float, ...]) -> dict[str, T
     if tuple(change.base.shape) != (len(e.mu), len(e.lam)):
         raise InputError(f"the factors of {change.name} are for {len(e.mu)} x {len(e.lam)}, but it is {list(change.base.shape)}")
     size, norm = _size(change), linalg.norm(change.base)
-    random = random_sharpness(e)
+    narrow = _concentration(change) if size else 0.0
+    random = rotated(products(e), narrow) if size else random_sharpness(e)
     alive = float(random.mean) > 0
     full = torch.full((len(e.lam),), len(e.mu))
     cuts = ([staircase(e.lam, e.mu, m) for m in masses] if alive else [full] * len(masses)) + [full] * (masses[-1] < 1)
@@ -432,11 +443,13 @@ def _numbers(change: Change, e: Eigen, masses: tuple[float, ...]) -> dict[str, T
     moved = along(change.factors or change.delta, e, cuts) if size else None
     counts = torch.tensor([int(c.sum()) for c in cuts])
     chance = random_shares(counts.diff(prepend=counts.new_zeros(1)).tolist())
+    ends = [torch.zeros_like(full), *cuts]
+    spread = [rotated(band(a, b, len(e.mu)), narrow).sd for a, b in zip(ends, cuts, strict=False)] if size else chance.sd
     return {
         "energy": _shares(moved.energy) if moved is not None and alive else nan,
         "base_energy": _shares(base.energy) if norm and alive else nan,
         "chance": chance.mean if alive else nan,
-        "chance_sd": chance.sd if alive else nan,
+        "chance_sd": torch.as_tensor(spread, dtype=torch.float64) if alive else nan,
         "change": size,
         "base_norm": norm,
         "rounding": change.rounding,
@@ -453,6 +466,17 @@ def _size(change: Change) -> float:
         return linalg.norm(change.delta)
     left, right = (x.double() for x in change.factors)
     return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+
+
+def _concentration(change: Change) -> float:
+    """Sum of the fourth powers of the singular values over the square of the sum of their squares."""
+    if change.factors is None:
+        delta = change.delta.double()
+        gram = delta @ delta.T if delta.shape[0] < delta.shape[1] else delta.T @ delta
+        return float(gram.square().sum() / gram.trace().square())
+    left, right = (x.double() for x in change.factors)
+    inner = (left.T @ left) @ (right @ right.T)  # its eigenvalues are the squared singular values
+    return float((inner @ inner).trace() / inner.trace().square())
 
 
 def _shares(energy: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from interp import plots
 from interp.errors import InputError
+from interp.models.batch import Batch
 from interp.prompts import PromptPairs, Prompts
 from interp.results import Result, analysis
 from interp.stats import Estimate, bootstrap, ratio_of_means
@@ -161,22 +163,30 @@ def language_modelling(
         seed: of the resampling of blocks.
 
     Raises:
-        InputError: texts without a next token, a block of fewer than 2 tokens, a pair loaded one at a time, or pairs of prompts.
+        InputError: texts without a next token, a block of fewer than 2 tokens, a pair loaded one at a time, pairs of prompts, more
+            tokens to rank than there are, or what is neither model nor prompts.
     """
+    if not hasattr(model, "sides"):
+        came = f"{model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
+        raise InputError(f"language_modelling takes a model, which HookedModel.load returns, or a ModelPair, but {came} came")
     if isinstance(prompts, PromptPairs):
         raise InputError("language_modelling reads one text at a time; give the clean or the corrupt prompts of the pairs")
     if isinstance(group, bool) or not isinstance(group, int) or group < 1:
         raise InputError(f"group is a number of blocks, from 1; got {group!r}")
     if getattr(model, "one_at_a_time", False):
         raise InputError("language_modelling needs both models at once, but the pair is loaded one at a time")
-    batch = model.batch(language.blocks(model.batch(prompts), block))
+    if not isinstance(prompts, Iterable | Batch) and not hasattr(prompts, "batch"):
+        raise InputError(f"language_modelling reads Prompts, such as a task generates, not {prompts!r}")
     sides = dict(model.sides())
+    vocab = getattr(model, "shared_vocab", min(one.shape.d_vocab for one in sides.values()))
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab:
+        raise InputError(f"k is the number of tokens ranked, 1 to {vocab}; got {k!r}")
+    batch = model.batch(language.blocks(model.batch(prompts), block))
     loss = torch.stack([language.block_losses(one, batch) for one in sides.values()])
     ndcg = torch.full((len(batch),), torch.nan, dtype=torch.float64)
     if len(sides) == 2:
         base, tuned = (one.logits for one in sides.values())
-        vocab = min(one.shape.d_vocab for one in sides.values())
-        ndcg = language.rankings_agree(base, [tuned], batch, getattr(model, "shared_vocab", vocab), k)[0]
+        ndcg = language.rankings_agree(base, [tuned], batch, vocab, k)[0]
     return LanguageModellingResult(
         loss=loss, tokens=batch.lengths.cpu() - 1, ndcg=ndcg, k=k, group=group, seed=seed, labels={"side": tuple(sides)}
     )

@@ -20,7 +20,7 @@ from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.sites import Site
 from interp.stats import Estimate, Permutation, bootstrap, permutation, plus_minus, standard_error
-from interp.sweeps.asked import Measure, given, known_vocabulary, own_top, position, rounding
+from interp.sweeps.asked import Measure, given, known_vocabulary, own_top, position, rounding, units, with_ends
 from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class LogitAttributionResult(Result):
     @property
     def n(self) -> str:
         """How many prompts, or contexts where several prompts share one, the statistics are of."""
-        prompts, contexts = len(self.group), int(self.group.max()) + 1
-        return f"{prompts} prompts" if prompts == contexts else f"{contexts} contexts of {prompts} prompts"
+        return units(self.group)
 
     @property
     def closure(self) -> float:
@@ -152,16 +151,17 @@ class LogitAttributionResult(Result):
         if self.alike:
             off = float((self.added[1] - self.added[0]).abs().max())
             return f"0 of {len(self.parts)} parts write another amount in tuned: no difference beyond rounding (at most {off:.1g}; {told})"
-        p = f"p = {float(test.adjusted[i]):.2g} corrected for {len(self.parts)} parts"
+        amount, alone = with_ends(found, i, form=".2f"), not int(self.group.max())  # of one prompt nothing is known of the noise
+        p = "" if alone else f"p = {float(test.adjusted[i]):.2g} corrected for {len(self.parts)} parts; "
         if view != _CHANGE:
-            return f"{self.parts[i]} adds {found.at(i)} to the answer, the most of all parts ({p}; {told})"
+            return f"{self.parts[i]} adds {amount} to the answer, the most of all parts ({p}{told})"
         both = " and ".join(f"{float(self.values(s)[:, i].mean()):.2f} in {s}" for s in reversed(self.sides))
+        if alone:
+            return f"{self.parts[i]} adds {amount} more to the answer in tuned, the largest change of all parts ({both}; {told})"
         if not clear.any():
-            largest = f"the largest change is that of {self.parts[i]}, {found.at(i)} ({both}; {p}; {told})"
+            largest = f"the largest change is that of {self.parts[i]}, {amount} ({both}; {p}{told})"
             return f"no part writes more or less for the answer in tuned beyond the noise between prompts: {largest}"
-        return (
-            f"{self.parts[i]} adds {found.at(i)} more to the answer in tuned, the largest clear change of all parts ({both}; {p}; {told})"
-        )
+        return f"{self.parts[i]} adds {amount} more to the answer in tuned, the largest clear change of all parts ({both}; {p}{told})"
 
     @property
     def exactness(self) -> str:

@@ -22,7 +22,7 @@ from interp.sites import Site
 from interp.spelling import spelled
 from interp.stats import Estimate, bootstrap, permutation, standard_error
 from interp.sweeps.answers import means
-from interp.sweeps.asked import Measure, given, known_vocabulary, own_top, position, rounding
+from interp.sweeps.asked import Measure, given, known_vocabulary, own_top, position, rounding, units, with_ends
 from interp.sweeps.staged import by_context, grouped
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ class LogitLensResult(Result):
     @property
     def n(self) -> str:
         """How many prompts, or contexts where several prompts share one, the statistics are of."""
-        prompts, contexts = len(self.group), int(self.group.max()) + 1
-        return f"{prompts} prompts" if prompts == contexts else f"{contexts} contexts of {prompts} prompts"
+        return units(self.group)
 
     @property
     def alike(self) -> bool:
@@ -170,18 +169,18 @@ class LogitLensResult(Result):
             off = float((self.logprob[1] - self.logprob[0]).abs().max())
             return f"{decided}: no difference beyond rounding (log-probabilities differ by at most {off:.1g} nats; {tail})"
         later, n = self.moved()
-        shift = f"tuned takes {later} blocks more on the {n} prompts that both decide" if n else "no prompt is decided in both"
+        shift = f"tuned takes {_later(later)} on the {n} prompt{'s' * (n > 1)} that both decide" if n else "no prompt is decided in both"
         return f"{decided}; {shift}; {self._changed()} ({tail})"
 
     def _decided(self, side: str) -> str:
         middle, low, high = self.decision(side)
         right, n = int(self.stays[self._side(side), -1].sum()), len(self.group)
-        ends = f"95 % interval {low} to {high}, " if len(self.group) > 1 else ""
+        ends = f"95 % interval {low} to {high}, " if int(self.group.max()) else ""
         where = "not decided on half of the prompts" if middle == "never" else f"decided after {middle}"
         return f"{where} ({ends}on top at the end for {right} of {n})"
 
     def _at_end(self, side: str) -> str:
-        return self.answer(side).at(-1)
+        return with_ends(self.answer(side), -1, form=".2f")
 
     def _changed(self) -> str:
         """The layer at which the two models differ most, among those where that is clear."""
@@ -189,8 +188,10 @@ class LogitLensResult(Result):
         sure = (test.adjusted <= _LEVEL) & (change.value.abs() > self.floor.sum(0))
         i = int((change.value.abs() * (sure if sure.any() else 1)).argmax())
         clear = "" if sure.any() else ", which the noise between prompts may explain"
-        p = f"p = {float(test.adjusted[i]):.2g} corrected for {len(self.layers)} layers"
-        return f"its log-probability changed the most after {self.layers[i]}, by {change.at(i)} nats{clear} ({p})"
+        told = f"its log-probability changed the most after {self.layers[i]}, by {with_ends(change, i, form='.2f')} nats"
+        if not int(self.group.max()):
+            return told  # of one prompt nothing is known of the noise
+        return f"{told}{clear} (p = {float(test.adjusted[i]):.2g} corrected for {len(self.layers)} layers)"
 
     def to_frame(self, per: str | None = None) -> pd.DataFrame:
         """One row per model and layer with means over prompts; ``per="prompt"`` one row per model, prompt and layer.
@@ -426,6 +427,13 @@ def _lens(m: HookedModel, batch: Batch, tokens: Tensor, against: Tensor | None, 
         chunks.append({k: torch.stack([layer[k] for layer in reversed(read)], 1).cpu() for k in read[0]})
     found = {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
     return found | {"decided": decision(found.pop("on_top"))}
+
+
+def _later(found: Estimate) -> str:
+    """``0.4 [0.2, 0.6] blocks more``, or fewer."""
+    if float(found.value) >= 0:
+        return f"{with_ends(found)} blocks more"
+    return f"{with_ends(Estimate(-found.value, -found.high, -found.low))} blocks fewer"
 
 
 def decision(on_top: Bool[Tensor, "prompt layer"]) -> Float[Tensor, " prompt"]:

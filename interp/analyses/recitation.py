@@ -225,6 +225,9 @@ def recitation(model: HookedModel | ModelPair, prompts: Prompts, *, tail: int = 
     Raises:
         InputError: neither targets nor a tail, a text too short for it, or pairs of prompts.
     """
+    if not hasattr(model, "sides"):
+        came = f"{model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
+        raise InputError(f"recitation takes a model, which HookedModel.load returns, or a ModelPair, but {came} came")
     if isinstance(prompts, PromptPairs):
         raise InputError("recitation goes on with one text at a time; give the clean or the corrupt prompts of the pairs")
     if not isinstance(prompts, Prompts):

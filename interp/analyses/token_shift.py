@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from interp.results import Result, analysis
 from interp.sites import Site
 from interp.spelling import spelled
 from interp.stats import permutation
-from interp.sweeps.predictions import rounding
+from interp.sweeps.predictions import rounding_sizes
 from interp.sweeps.shifts import BLOCKS, MEASURES, Shifts, shifts
 from interp.sweeps.staged import grouped
 from interp.sweeps.topics import topics as factorised
@@ -36,6 +37,7 @@ Direction = Literal["tuned", "base"]
 Ordering = Literal["count", "share", "shift"]
 
 _COLUMNS = {"tuned": {"count": "up", "share": "more", "shift": "gain"}, "base": {"count": "down", "share": "less", "shift": "loss"}}
+_LEVEL = 0.05
 _KEPT = 50  # tokens kept of each ordering
 _HALVES = 20  # tokens compared between two halves of the texts
 _CANDIDATES = 200  # tokens that make up topics
@@ -68,8 +70,10 @@ class TokenShiftResult(Result):
         topic_error: relative error of the factorisation, and of one in which no tokens rise together.
         common: median over all tokens of their mean difference: what normalisation does to every token alike.
         largest: of all differences, in size.
-        numerical_floor: smaller ones are rounding.
-        half: a model computes in half precision and its float32 copy did not fit the memory, so the floor lacks that part.
+        numerical_floor: the largest difference that rounding alone makes, anywhere.
+        counted: differences up to this are not counted: the floor, or, in half precision, where single cells are far worse than most, the
+            root mean square of what rounding does; there the sign-flip test tells preference from noise.
+        half: a model computes in half precision and its float32 copy did not fit the memory, so the floors lack that part.
         top: as the setting.
         window: likewise.
         step: likewise.
@@ -99,6 +103,7 @@ class TokenShiftResult(Result):
     common: float
     largest: float
     numerical_floor: float
+    counted: float
     half: bool
     top: int
     window: int
@@ -135,8 +140,8 @@ class TokenShiftResult(Result):
 
     @property
     def nothing(self) -> bool:
-        """No difference is above rounding."""
-        return self.largest <= self.numerical_floor
+        """No difference is above rounding, and no token is preferred beyond noise all the same."""
+        return self.largest <= self.numerical_floor and not len(self.tokens)
 
     @property
     def windows(self) -> list[Window]:
@@ -147,6 +152,8 @@ class TokenShiftResult(Result):
         """The first tokens with their noise, agreement between halves of the texts, and the largest window."""
         n, half = int(self.positions.sum()), " (without what half precision does)" if self.half else ""
         floor = f"numerical floor {self.numerical_floor:.1g}{half}"
+        if self.counted < self.numerical_floor:
+            floor += f", the largest rounding of half precision; counted is what is above the typical one, {self.counted:.1g}"
         if self.nothing:
             return (
                 f"0 tokens are preferred by either model: no difference beyond rounding, as no log-probability differs by more than "
@@ -170,7 +177,7 @@ class TokenShiftResult(Result):
     def _said(self, prefers: Direction) -> str:
         names = _COLUMNS[prefers]
         order = [i for i in self.first(prefers) if self.mean(names["count"])[i] > self.mean(_other(prefers, "count"))[i]]
-        sure = [i for i in order if self.p_adjusted[i] < 0.05]
+        sure = [i for i in order if self.p_adjusted[i] < _LEVEL]
         if not order:
             return f"{prefers} prefers no token"
         i = (sure or order)[0]
@@ -178,10 +185,14 @@ class TokenShiftResult(Result):
             float(x[i]) for x in (self.mean(names["count"]), self.mean(_other(prefers, "count")), self.error(names["count"]))
         )
         noise = "" if error != error else f" +- {error:.1%}"
-        units = f"{self.texts} texts" if len(self.positions) == self.texts else f"{len(self.positions)} groups of {self.texts} texts"
+        n, alone = f"{self.texts} text{'s' * (self.texts != 1)}", self.texts == 1
+        units = n if len(self.positions) == self.texts else f"{len(self.positions)} groups of {n}"
         words = ("increases", "decreases") if prefers == "tuned" else ("decreases", "increases")
         test = f"among the {self.top} largest {words[0]} at {rate:.1%}{noise} of {int(self.positions.sum())} positions, among the largest "
-        test += f"{words[1]} at {back:.1%}; p = {float(self.p_adjusted[i]):.2g} over {units}, adjusted for {self.shared} tokens"
+        test += f"{words[1]} at {back:.1%}; "
+        test += "1 text, so no test" if alone else f"p = {float(self.p_adjusted[i]):.2g} over {units}, adjusted for {self.shared} tokens"
+        if alone:
+            return f"{prefers} prefers {self._name(i)} most ({test})"
         if not sure:
             return f"{prefers} prefers no token beyond noise; the first is {self._name(i)} ({test})"
         more = [self._name(j) for j in sure[1:5]]
@@ -267,7 +278,7 @@ class TokenShiftResult(Result):
                 title=f"How much windows of {self.window} tokens speak for tuned (above 0) or base (below)",
                 xlabel="windows, by log-likelihood ratio",
                 ylabel="sum of log p_tuned - log p_base of the actual tokens, nats",
-                floor=self.numerical_floor,
+                floor=self.counted * self.window,
             )
         if len(self.topic_mass):
             drawn["Topics"] = self._topics()
@@ -304,7 +315,7 @@ class TokenShiftResult(Result):
             ylabel="nats per position, +- 2 s.e.",
             horizontal=True,
             tokens=True,
-            floor=self.numerical_floor,
+            floor=self.counted,
         )
 
     def _topics(self) -> go.Figure:
@@ -353,7 +364,7 @@ class TokenShiftResult(Result):
         sign = 1 if prefers == "tuned" else -1
         chosen: list[Window] = []
         for w in sorted(self.windows, key=lambda w: -sign * w.llr):
-            if sign * w.llr > self.numerical_floor * self.window and not any(w.overlaps(c) for c in chosen):
+            if sign * w.llr > self.counted * self.window and not any(w.overlaps(c) for c in chosen):
                 chosen.append(w)
             if len(chosen) == n:
                 break
@@ -371,7 +382,7 @@ class TokenShiftResult(Result):
                 values,
                 difference=True,
                 limits=(-top, top),
-                floor=self.numerical_floor,
+                floor=self.counted,
                 unit="nats: log p_tuned - log p_base of this token",
                 title=f"Text {w.prompt}, tokens {w.start} to {w.stop - 1}: {w.llr:+.3g} nats in all",
             )
@@ -409,15 +420,18 @@ def token_shift(
     """
     _check(pair, prompts, {"top": (top, 1), "topics": (topics, 0), "window": (window, 1), "step": (step, 1)})
     batch, vocab = pair.batch(prompts), pair.shared_vocab
-    floors = [rounding(model, batch, vocab) for _, model in pair.sides()]
-    floor = sum(worst for worst, _ in floors)
+    floors = [rounding_sizes(model, batch, vocab) for _, model in pair.sides()]
+    floor, coarse = sum(f.largest for f in floors), any(model.dtype.itemsize < 4 for _, model in pair.sides())
+    counted = math.hypot(*(f.typical for f in floors)) if coarse else floor
     group = grouped(prompts.contexts)
-    found = shifts(pair, batch, group % BLOCKS, top, floor)
+    found = shifts(pair, batch, group % BLOCKS, top, counted)
     totals = dict(zip(MEASURES, found.sums.double().sum(1), strict=True))
-    ranked = [i for prefers in DIRECTIONS for by in ORDERINGS for i in _order(totals, prefers, by, _KEPT)]
-    kept = torch.tensor(sorted(set(ranked)), dtype=torch.long)
     up, down = (found.sums[MEASURES.index(m)] for m in ("up", "down"))
     test = permutation((up - down).double(), seed=seed)
+    if found.largest <= floor and not bool((test.adjusted < _LEVEL).any()):
+        totals |= dict.fromkeys(("more", "less"), torch.zeros(vocab))  # rounding may have made all of it: no token is preferred
+    ranked = [i for prefers in DIRECTIONS for by in ORDERINGS for i in _order(totals, prefers, by, _KEPT)]
+    kept = torch.tensor(sorted(set(ranked)), dtype=torch.long)
     agreement, chance = _agreement(found)
     candidates = torch.tensor(_order(totals, "tuned", "count", _CANDIDATES), dtype=torch.long)
     rising = factorised(_matrix(found, candidates), topics, seed)
@@ -442,7 +456,8 @@ def token_shift(
         common=float(totals["change"].median() / found.positions.sum()),
         largest=found.largest,
         numerical_floor=floor,
-        half=any(lacking for _, lacking in floors),
+        counted=counted,
+        half=any(f.lacking for f in floors),
         top=top,
         window=window,
         step=step,

@@ -18,6 +18,7 @@ from interp.prompts import PromptPairs, Prompts, clean_prompts
 from interp.results import Result, analysis
 from interp.stats import Estimate, paired_change, ratio_of_means, resample_counts, wilson
 from interp.sweeps.answers import Among
+from interp.sweeps.asked import units, with_ends
 from interp.sweeps.line import Point, answers, running_text
 from interp.sweeps.predictions import rounding
 from interp.sweeps.staged import grouped
@@ -191,39 +192,42 @@ class WeightPathResult(Result):
     def main_numbers(self) -> dict[str, dict[str, Estimate]]:
         """The barrier on text."""
         found = self.barrier()
-        return {} if found is None else {"barrier of the loss on text, nats per token": {"tuned": found[1]}}
+        return {} if found is None else {"barrier of the loss of text, nats per token": {"tuned": found[1]}}
 
     def summary(self) -> str:
         """The barrier, right answers along the line, the best alpha and what negation does."""
-        n, texts = int(self.prompt_group.max()) + 1, int(self.text_group.max()) + 1
+        n, texts = units(self.prompt_group), units(self.text_group, "text")
         floor = f"numerical floor {self.floor[0]:.1g} nats"
         if self.nothing:
             why = (
                 "tuning changed no weight" if not self.changed else f"KL from base is at most {float(self.kl[0].max()):.1g} nats per token"
             )
-            return f"The barrier is 0: no difference beyond rounding anywhere on the line, as {why} ({texts} texts, {n} prompts; {floor})"
+            return f"The barrier is 0: no difference beyond rounding anywhere on the line, as {why} ({texts}, {n}; {floor})"
         found = self.barrier()
         told = ["No alpha between 0 and 1 was asked for, so the barrier is not known"]
         if found is not None:
             rises = "stays below the straight line between their losses" if float(found[1].value) < 0 else "rises above the straight line"
-            told = [f"The barrier is {found[1]} nats per token: between base and tuned the loss on text {rises} (at alpha {found[0]:g}; "]
-            told[0] += f"{texts} texts, {floor})"
+            told = [f"The barrier is {with_ends(found[1])} nats per token: between base and tuned the loss on text {rises} "]
+            told[0] += f"(at alpha {found[0]:g}; {texts}; {floor})"
         shown = [a for a in (min(self.alphas), 0.0, self._middle(), 1.0, max(self.alphas)) if a is not None]
         rates = [f"{float(self.curve('right').value[self._at(a)]):.1%} at {a:g}" for a in sorted(set(shown))]
         told.append(
             f"right answers on {self.task}: {', '.join(rates)} (n = {n}{'' if self.chance is None else f', a guess {self.chance:.0%}'})"
         )
         best = self.best
-        than = "" if best.alpha == 1 else f", against tuned {best.change} nats"
-        told.append(f"the answer's loss is lowest at alpha {best.alpha:g} ({best.share:.0%} of resamples){than}")
+        than = "" if best.alpha == 1 else f", against tuned {with_ends(best.change)} nats"
+        share = f" ({best.share:.0%} of resamples)" if int(self.prompt_group.max()) else ""
+        told.append(f"the answer's loss is lowest at alpha {best.alpha:g}{share}{than}")
         if self.alphas[0] < 0:
-            against = self.alphas[0], 0.0
+            answer, text = (with_ends(self.change(what, self.alphas[0], 0.0)) for what in ("answer", "text"))
             told.append(
-                f"at {self.alphas[0]:g}, against base, the answer's loss changes by {self.change('answer', *against)} nats and the loss on "
-                f"text by {self.change('text', *against)} nats per token"
+                f"at {self.alphas[0]:g}, against base, the answer's loss changes by {answer} nats and the loss on text by {text} nats "
+                "per token"
             )
         if self.rounded:
             told.append("points between the ends are rounded to half precision, since float32 did not fit the memory")
+        elif self.gap > 0:
+            told.append(f"points are computed in {self.dtype}, where logits of the ends are up to {self.gap:.2g} from the models' own")
         return "; ".join(told)
 
     def _middle(self) -> float | None:

@@ -267,6 +267,75 @@ def random_sharpness(e: Eigen) -> Isotropic:
     return Isotropic(mean, (2 * (square - mean.square()).clamp(min=0) / (n + 2)).sqrt())
 
 
+class Table(NamedTuple):
+    """What the spread of a random change needs of a non-negative table M [read, written]: sums, and how large it is.
+
+    Attributes:
+        total: sum of M.
+        rows: sum of the squares of M's row sums.
+        columns: of its column sums.
+        squares: of its entries.
+        sizes: (rows, columns).
+    """
+
+    total: float
+    rows: float
+    columns: float
+    squares: float
+    sizes: tuple[int, int]
+
+
+def rotated(table: Table, concentration: float) -> Isotropic:
+    """Of sum_ij M_ij delta_ij^2 / ||delta||^2 for a change with given singular values, turned at random on both sides: exact.
+
+    A change of low rank spreads over fewer directions, so chance takes it further from the mean than one of full rank. With
+    delta = sum_k s_k u_k v_k^T, u and v Haar-distributed and orthonormal, moments of order four on the sphere give the variance; signs
+    of u_k make all mixed terms 0 but those of one pair (k, l) with itself.
+
+    Args:
+        table: of M; ``M_ij = mu_i lam_j`` gives the curvature, a mask of 0 and 1 the share in a band.
+        concentration: sum of s_k^4 over the square of the sum of s_k^2: 1 for rank 1, 1 / r for r equal singular values.
+    """
+    (d, e), p = table.sizes, concentration
+
+    def summed(same: float, other: float, same_e: float, other_e: float) -> float:
+        """Sum over two entries of M, of a factor for equal or different rows times one for equal or different columns."""
+        a, b = same - other, same_e - other_e
+        return other * other_e * table.total**2 + a * other_e * table.rows + other * b * table.columns + a * b * table.squares
+
+    def moments(n: int) -> tuple[float, float, float, float, float, float]:
+        """E of u_i^4, u_i^2 u_j^2; of u_i^2 w_i^2, u_i^2 w_j^2; of u_i w_i u_i w_i, u_i w_i u_j w_j, for u, w orthonormal."""
+        whole, rest = 1 / (n * (n + 2)), 1 / (n * max(n - 1, 1) * (n + 2))
+        return 3 * whole, whole, whole, (n + 1) * rest, whole, -rest
+
+    x, y = moments(d), moments(e)
+    mean = table.total / (d * e)
+    alone = summed(x[0], x[1], y[0], y[1]) - mean**2
+    apart = (summed(x[2], x[3], y[2], y[3]) - mean**2 + 2 * summed(x[4], x[5], y[4], y[5])) if p < 1 else 0.0
+    variance = max(0.0, p * alone + (1 - p) * apart)
+    return Isotropic(torch.tensor(mean, dtype=torch.float64), torch.tensor(math.sqrt(variance), dtype=torch.float64))
+
+
+def products(e: Eigen) -> Table:
+    """The table of all products of eigenvalues, without making it."""
+    mu, lam = e.mu.double(), e.lam.double()
+    sums, squares = (float(mu.sum()), float(lam.sum())), (float(mu.square().sum()), float(lam.square().sum()))
+    return Table(sums[0] * sums[1], squares[0] * sums[1] ** 2, sums[0] ** 2 * squares[1], squares[0] * squares[1], (len(mu), len(lam)))
+
+
+def band(inner: Tensor, outer: Tensor, height: int) -> Table:
+    """The mask of the pairs that one cut has and a sharper one lacks, both as counts of rows by column."""
+    columns = (outer - inner).double()
+    rows = _longer(outer, height) - _longer(inner, height)
+    n = float(columns.sum())
+    return Table(n, float(rows.double().square().sum()), float(columns.square().sum()), n, (height, len(columns)))
+
+
+def _longer(counts: Tensor, height: int) -> Tensor:
+    """How many columns reach beyond row 0, 1, ..., [row]."""
+    return len(counts) - torch.bincount(counts.long(), minlength=height + 1).cumsum(0)[:height]
+
+
 # ---- tables
 
 

@@ -7,7 +7,7 @@ hold a share of the curvature is left, each matrix for itself, with factors of t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -28,7 +28,7 @@ from interp.models.curvature import (
     staircase,
     wanted_sites,
 )
-from interp.models.linear_maps import check_apart
+from interp.models.linear_maps import check_apart, check_one_model
 from interp.sites import Site
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def curvature_edit(
         name: of the edit.
 
     Raises:
-        InputError: factors of another model, a mass outside of (0, 1], layers or modules without factors (those with some are listed), or
-            a matrix that is one tensor with that of another block.
+        InputError: no single model, factors of another one, a mass outside of (0, 1], layers or modules without factors (those with some
+            are listed), or a matrix that is one tensor with that of another block.
     """
     return curvature_edits(model, factors, layers=layers, modules=modules, masses=(mass,), control=control, seed=seed, name=name)[0]
 
@@ -129,8 +129,13 @@ def curvature_cuts(
     seed: int = 0,
 ) -> list[list[Cut]]:
     """What ``curvature_edit`` makes of every matrix, with the numbers of pairs and the masses, [mass][matrix]."""
+    check_one_model(model, "a curvature edit")
+    if not isinstance(masses, Iterable):
+        raise InputError(f"masses is a list, such as [0.9, 0.99], but {masses!r} came")
     for mass in masses:
         check_mass(mass)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"the seed of random pairs is a whole number, but {seed!r} came")
     if control is not None and control not in get_args(Control):
         raise InputError(f"control is {control!r}, expected None or one of {', '.join(get_args(Control))}")
     sites = wanted_sites(factors, layers, modules)

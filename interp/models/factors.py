@@ -57,9 +57,9 @@ class Factors:
         """Open a folder; no matrix is read yet.
 
         Raises:
-            InputError: no factors there, or unfinished ones.
+            InputError: no factors there, or unfinished ones; no path.
         """
-        path = Path(folder)
+        path = folder_path(folder)
         body = read_index(path)
         if body is None:
             what = "is a file" if path.is_file() else "holds no factors: index.json is expected" if path.exists() else "is not there"
@@ -93,7 +93,7 @@ class Factors:
         Raises:
             InputError: the folder is not empty, or a factor is no symmetric matrix of finite numbers.
         """
-        path = Path(folder)
+        path = folder_path(folder)
         if not factors:
             raise InputError("there are no factors to write")
         if n < 1:
@@ -228,6 +228,17 @@ def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     draft = file.with_suffix(".part")
     save_file(dict(tensors), draft)
     os.replace(draft, file)
+
+
+def folder_path(folder: str | Path) -> Path:
+    """Where factors are.
+
+    Raises:
+        InputError: that is no path.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(f"a folder of factors is given by its path, such as 'results/factors', but {folder!r} came")
+    return Path(folder)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

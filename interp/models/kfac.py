@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from interp.errors import InputError
 from interp.models import weights
 from interp.models.batch import Batch
-from interp.models.factors import Factors, read_index, save, write_index
+from interp.models.factors import Factors, folder_path, read_index, save, write_index
 from interp.models.hooked import HookedModel
-from interp.models.linear_maps import Linear, check_apart, linear_maps, matrix_sites, plain_copy
+from interp.models.linear_maps import Linear, check_apart, check_one_model, linear_maps, matrix_sites, plain_copy
 from interp.models.loading import free_bytes
 from interp.models.memory import Budget
 from interp.models.outer_sums import OuterSums, triangle_bytes
@@ -64,8 +64,9 @@ def kfac_factors(
     matrix, and G kron A stands for it; with the tokens that follow in the text ("gold") it is another matrix. Nothing is centred or damped.
 
     The work is saved now and then: called again after a kill, with the same prompts, it goes on; when it was done, they are returned as
-    they are. Called with other prompts then, it adds them to the sums, as if all had come at once. Draws are keyed by (seed, prompt,
-    position), so neither changes them, nor does the size of a pass. Weight edits in force count. The model is left as it came.
+    they are. Called with other prompts then, it adds them to the sums, as if all had come at once; until the first of these are saved,
+    the folder is what it was. Draws are keyed by (seed, prompt, position), so neither changes them, nor does the size of a pass. Weight
+    edits in force count. The model is left as it came.
 
     Args:
         model: the model.
@@ -81,20 +82,23 @@ def kfac_factors(
     Raises:
         InputError: no such module or layer, or one tensor in two blocks; no position with a next token; a prompt whose loss is not
             finite; a folder that holds factors of something else, of other settings, or of some of these prompts and not just these;
-            activation edits or patches in force.
+            activation edits or patches in force; a pair or something else that is no model, or no prompts.
     """
     if labels not in ("sampled", "gold"):
         raise InputError(f"labels are 'sampled' or 'gold', not {labels!r}")
-    if groups is not None and groups < 1:
-        raise InputError(f"groups is the number of parts, from 1; got {groups}")
+    if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
+        raise InputError(f"groups is the number of parts, from 1; got {groups!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"the seed of kfac_factors is a whole number, but {seed!r} came")
+    check_one_model(model, "kfac_factors")
+    path = folder_path(folder)
     wanted = matrix_sites(model, modules, layers)
     check_apart(model, wanted)
+    if not isinstance(prompts, Iterable | Batch) and not hasattr(prompts, "batch"):
+        raise InputError(f"kfac_factors reads Prompts, texts, or lists of token ids, but {prompts!r} came")
     batch = model.batch(prompts)
     if int(batch.lengths.max()) < 2:
         raise InputError("no prompt has two tokens, so there is no position with a next token to predict")
-    path = Path(folder)
     with _full_precision():
         plain = plain_copy(model)
         maps = linear_maps(plain, wanted, model.shape)
@@ -143,28 +147,34 @@ def _begin(
     elif body["complete"] and body["rows"] == rows:
         return body
     elif body["complete"]:
-        if known := sorted(set(body["rows"]) & set(rows)):
-            first = rows.index(next(r for r in rows if r in known))
-            which = f"{sum(r in known for r in rows)} of these {len(rows)} prompts, the first of them prompt {first}"
-            raise InputError(f"the factors in {path} have {which}, already; open them with Factors.open, or add other prompts")
+        _check_new(path, body["rows"], rows, "open them with Factors.open, or add other prompts")
         body["before"] = len(body["rows"])
     else:
-        done = max(group["done"] for group in body["groups"])
-        if body["rows"][body["before"] : done] != rows[: max(0, done - body["before"])]:
-            was = f"{done - body['before']} prompts were done when it was interrupted, and these begin with others"
-            raise InputError(f"{path} holds an unfinished collection: {was}; give the same ones to go on, or choose another folder")
-    body["rows"] = body["rows"][: body["before"]] + rows
-    body["complete"] = False
+        before, done = body["before"], max(group["done"] for group in body["groups"])
+        again = f"give again those that were being added to the {before} before" if before else "give the same ones"
+        if body["rows"][before:done] != rows[: max(0, done - before)]:
+            was = f"{done - before} prompts were done when it was interrupted, and these begin with others"
+            raise InputError(f"{path} holds an unfinished collection: {was}; {again} to go on, or choose another folder")
+        _check_new(path, body["rows"][:before], rows, f"{again} to go on")
+    begun = body | {"rows": body["rows"][: body["before"]] + rows, "complete": False}
     try:
         path.mkdir(parents=True, exist_ok=True)
         sizes = sum(_bytes(m) for m in maps)
         if 2 * sizes > (free := shutil.disk_usage(path).free):
             gib = f"{sizes / 2**30:.1f} GiB, twice while they are saved, and {path} has {free / 2**30:.1f} GiB free"
             raise InputError(f"these factors take {gib}; choose fewer modules or layers")
-        write_index(path, body)
+        write_index(path, body if body["complete"] else begun)  # what is complete stays so until more of it is saved
     except OSError as e:
         raise InputError(f"{path} cannot be written: {e.strerror}") from e
-    return body
+    return begun
+
+
+def _check_new(path: Path, held: list[str], rows: list[str], advice: str) -> None:
+    """Refuse prompts that are in the sums: they would count twice."""
+    if known := set(held) & set(rows):
+        first = next(i for i, row in enumerate(rows) if row in known)
+        which = f"{sum(r in known for r in rows)} of these {len(rows)} prompts, the first of them prompt {first}"
+        raise InputError(f"the factors in {path} have {which}, already; {advice}")
 
 
 def prompts_digest(batch: Batch) -> str:

@@ -14,6 +14,7 @@ from interp.errors import InputError
 from interp.models import weights
 from interp.models.checkpoint import Shape
 from interp.models.hooked import HookedModel
+from interp.models.pair import ModelPair
 from interp.models.wrap import structure_copy
 from interp.sites import Site
 
@@ -80,6 +81,18 @@ def listed(values: Any, what: str) -> list[Any]:
     if not isinstance(values, Iterable):
         raise InputError(f"{what} is one of them or a list, such as {'0,2' if what == 'layers' else 'W_in,W_out'}, but {values!r} came")
     return list(values)
+
+
+def check_one_model(model: object, what: str) -> None:
+    """Refuse what is no single loaded model.
+
+    Raises:
+        InputError: a pair, a name, or something else.
+    """
+    if not isinstance(model, HookedModel):
+        came = f"{model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
+        which = "pair.base or pair.tuned" if isinstance(model, ModelPair) else "what HookedModel.load returns"
+        raise InputError(f"{what} takes one model, {which}, but {came} came")
 
 
 def check_apart(model: Editing, sites: Sequence[Site]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.prompts import Prompts
+from interp.stats import Estimate
 
 if TYPE_CHECKING:
     from interp.models import Batch, HookedModel, ModelPair
@@ -50,6 +51,31 @@ def own_top(model: HookedModel, batch: Batch, at: str | int, vocab: int) -> Int[
     step = max(1, 2**24 // model.shape.d_vocab)
     rows = [list(range(start, min(start + step, len(batch)))) for start in range(0, len(batch), step)]
     return torch.cat([model.logits(batch.select(some), at=at)[:, :vocab].argmax(-1).cpu() for some in rows])
+
+
+def units(group: Int[Tensor, " prompt"], what: str = "prompt") -> str:
+    """How many prompts, or contexts where several prompts share one, numbers are means of; a single one has no interval.
+
+    Args:
+        group: context of each prompt, from 0.
+        what: name of a prompt.
+    """
+    n, contexts = len(group), int(group.max()) + 1
+    if contexts == 1:
+        return f"1 {what}, so no interval" if n == 1 else f"1 context of {n} {what}s, so no interval"
+    return f"{n} {what}s" if n == contexts else f"{contexts} contexts of {n} {what}s"
+
+
+def with_ends(found: Estimate, *cell: int, form: str = ".3g") -> str:
+    """``0.42 [0.31, 0.55]``, or ``0.42`` where there is no interval.
+
+    Args:
+        found: the estimate.
+        cell: of many, which.
+        form: of the numbers.
+    """
+    value, low, high = (f"{float(x[cell]) + 0.0:{form}}" for x in (found.value, found.low, found.high))  # no -0.00
+    return value if bool(found.low[cell].isnan()) else f"{value} [{low}, {high}]"
 
 
 Measure = Callable[["HookedModel", list[int]], Tensor]

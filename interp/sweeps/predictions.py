@@ -114,8 +114,29 @@ def following(batch: Batch, piece: Piece, vocab: int) -> Int[Tensor, " token"]:
     return torch.where(last | (after >= vocab), -1, after)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """Changes of log-probabilities by rounding alone.
+
+    Attributes:
+        largest: of all.
+        typical: their root mean square.
+        lacking: the part that half precision adds could not be measured.
+    """
+
+    largest: float
+    typical: float
+    lacking: bool
+
+
 def rounding(model: HookedModel, batch: Batch, vocab: int) -> tuple[float, bool]:
-    """The largest change of any log-probability by rounding alone, and whether its part in half precision could not be measured.
+    """The largest change of any log-probability by rounding alone, and whether its part in half precision could not be measured."""
+    found = rounding_sizes(model, batch, vocab)
+    return found.largest, found.lacking
+
+
+def rounding_sizes(model: HookedModel, batch: Batch, vocab: int) -> Rounding:
+    """What rounding alone does to log-probabilities.
 
     That is the last place of the largest log-probability, and some prompts alone against the same in a batch; of a model in half
     precision also its weights computed in float32, for which its memory has to suffice.
@@ -127,16 +148,20 @@ def rounding(model: HookedModel, batch: Batch, vocab: int) -> tuple[float, bool]
     together = final(model, some if n > 1 else batch.select([rows[0]] * 2))[: len(alone)]  # a single prompt stands twice there
     worst = _apart((model, alone), (model, together), vocab)
     if model.dtype.itemsize >= 4:
-        return worst, False
+        return Rounding(*worst, lacking=False)
     wide = model.in_dtype(torch.float32)
-    return (worst, True) if wide is None else (max(worst, _apart((model, alone), (wide, final(wide, some)), vocab)), False)
+    if wide is None:
+        return Rounding(*worst, lacking=True)
+    finer = _apart((model, alone), (wide, final(wide, some)), vocab)
+    return Rounding(max(worst[0], finer[0]), max(worst[1], finer[1]), lacking=False)
 
 
-def _apart(one: tuple[HookedModel, Tensor], other: tuple[HookedModel, Tensor], vocab: int) -> float:
-    """Largest difference of log-probabilities from two sets of final residual streams."""
-    step, worst = max(1, CELLS // vocab), 0.0
+def _apart(one: tuple[HookedModel, Tensor], other: tuple[HookedModel, Tensor], vocab: int) -> tuple[float, float]:
+    """Largest difference of log-probabilities from two sets of final residual streams, and the root of their mean square."""
+    step, worst, squares = max(1, CELLS // vocab), 0.0, 0.0
     for start in range(0, len(one[1]), step):
         sides = [logp(model, resid[start : start + step], vocab) for model, resid in (one, other)]
         last_place = torch.finfo(sides[0].dtype).eps * float(sides[0].abs().max())
-        worst = max(worst, last_place, float((sides[0] - sides[1]).abs().max()))
-    return worst
+        off = (sides[0] - sides[1]).abs()
+        worst, squares = max(worst, last_place, float(off.max())), squares + float(off.double().square().sum())
+    return worst, (squares / (len(one[1]) * vocab)) ** 0.5

@@ -60,7 +60,7 @@ def shifts(pair: ModelPair, batch: Batch, block: Int[Tensor, " prompt"], top: in
         batch: the texts.
         block: group of every text, from 0.
         top: how many tokens of a position count as its largest increases.
-        floor: smaller differences are rounding.
+        floor: differences up to it are not counted.
     """
     vocab, n_blocks = pair.shared_vocab, int(block.max()) + 1
     device = pair.base.device
