@@ -217,6 +217,7 @@ def test_tuco_stands_set_by_set_with_the_numbers_of_each_set(cli, pair, small, m
             assert again.name == store.saved(f"o/results/{row.analysis}")[0].name
 
 
+@pytest.mark.full  # `make report` does the same on more prompts
 def test_circuits_are_searched_and_evaluated_on_fresh_prompts(cli, monkeypatch) -> None:
     from interp import store
 

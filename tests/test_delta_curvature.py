@@ -133,7 +133,7 @@ def test_chance_takes_changes_of_low_rank_further(tmp_path) -> None:
     model = HookedModel.load(source)
     factors = written(model, tmp_path / "f")
     names, found = ("L0.W_in", "L1.W_out", "L2.W_gate"), []
-    for draw in range(30):
+    for draw in range(14):
         g = torch.Generator().manual_seed(draw)
         deltas = {}
         for name in names:
@@ -143,7 +143,7 @@ def test_chance_takes_changes_of_low_rank_further(tmp_path) -> None:
         i = [result.names.index(n) for n in names]
         found.append((result.sharpness[i] - 1) / result.sharpness_sd[i])
     z = torch.stack(found)
-    assert 0.75 < float(z.square().mean().sqrt()) < 1.3 and abs(float(z.mean())) < 0.35
+    assert 0.7 < float(z.square().mean().sqrt()) < 1.4 and abs(float(z.mean())) < 0.5
     assert float(result.whole[1]) > 0 and result.whole[0] == pytest.approx(
         float(result.predicted.nansum() / result.predicted_random.nansum())
     )

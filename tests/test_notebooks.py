@@ -11,8 +11,15 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SECONDS = 60
-LONG = ("01_ioi_from_scratch", "03_one_circuit_two_tasks", "04_did_tuning_build_a_new_circuit")
-"""Searches and evaluations of circuits: half a minute each."""
+LONG = (
+    "01_ioi_from_scratch",
+    "03_one_circuit_two_tasks",
+    "04_did_tuning_build_a_new_circuit",
+    "05_channels_between_layers",
+    "06_lora_or_full_fine_tuning",
+    "07_memorisation_in_flat_directions",
+)
+"""Searches, channels and curvature: 20 seconds to half a minute each."""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
