@@ -207,7 +207,7 @@ def _said(found: Sequence[Any]) -> Iterator[str]:
     for shift in _of(found, "token_shift"):
         t: TokenShiftResult = shift
         n = int(t.positions.sum())
-        sure = [i for i in t.first("tuned") if float(t.p_adjusted[i]) < SIGNIFICANT][:4]
+        sure = t.preferred("tuned")[:4]
         if t.nothing:
             yield f"Over {n} positions of text no token is preferred by either model: no difference beyond rounding."
         elif sure:

@@ -232,7 +232,7 @@ def test_an_adapter_is_taken_as_factors(tmp_path, monkeypatch) -> None:
     dense = delta_curvature(ModelPair.load(str(base), str(merged)), factors, drawn_prompts(4, 0))
     live = found.change > 0
     assert sum(live) == 6 and torch.equal(live, dense.change > 1e-6)
-    for field in ("energy", "curvature", "change"):
+    for field in ("energy", "curvature", "change", "curvature_sd", "chance_sd"):
         torch.testing.assert_close(getattr(found, field)[live], getattr(dense, field)[live], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.kl[CHANGED.index("all")], found.kl[CHANGED.index("tuned")], rtol=1e-3, atol=1e-7)
     assert not bool(found.rounding.any())

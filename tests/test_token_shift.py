@@ -12,6 +12,7 @@ import torch
 from tiny_checkpoints import FOUR, tiny
 from toy_results import NASTY
 
+import interp
 from interp.analyses import token_shift as home
 from interp.analyses.token_shift import DIRECTIONS, ORDERINGS, TokenShiftResult, token_shift
 from interp.errors import InputError
@@ -320,3 +321,17 @@ def test_refusals(pair: ModelPair) -> None:
     apart.one_at_a_time = True
     with pytest.raises(InputError, match="one at a time"):
         token_shift(apart, prompts())
+
+
+def test_a_token_that_falls_more_often_than_it_rises_is_not_preferred() -> None:
+    """With all increases and decreases swapped, what tuned prefers is what base preferred; the test has no direction of its own."""
+    pair = ModelPair.load("base", "boxes-tuned")
+    text = interp.task("plain_text").generate(pair, 12)
+    there, back = (interp.token_shift(p, text, topics=1) for p in (pair, ModelPair.load("boxes-tuned", "base")))
+    for result in (there, back):
+        for prefers, other in (("tuned", "base"), ("base", "tuned")):
+            found, sure = result.preferred(prefers), [i for i in result.first(prefers) if result.p_adjusted[i] < 0.05]
+            assert found and not set(found) & set(result.preferred(other)), "no token is preferred by both"
+            assert set(found) <= set(sure)
+    names = [{r.vocabulary[int(r.tokens[i])] for i in r.preferred(p)} for r, p in ((there, "tuned"), (back, "base"))]
+    assert names[0] == names[1]

@@ -183,7 +183,7 @@ class DeltaCurvatureResult(Result):
 
     @property
     def whole(self) -> tuple[float, float]:
-        """``sharpness`` of all matrices together, and its standard deviation for random changes of these norms."""
+        """``sharpness`` of all matrices together, and its standard deviation for random changes with these singular values."""
         told, random = float(self.predicted.nansum()), float(self.predicted_random.nansum())
         spread = float((self.change.square() * self.curvature_sd / 2).square().nansum().sqrt())
         return linalg.ratio(told, random), linalg.ratio(spread, random)

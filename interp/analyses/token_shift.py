@@ -174,10 +174,17 @@ class TokenShiftResult(Result):
             )
         return f"{'; '.join(told)}; {floor}"
 
+    def _ahead(self, prefers: Direction) -> list[int]:
+        """Those of ``first`` that are more often among the largest differences this way than the other way."""
+        return [i for i in self.first(prefers) if self.mean(_COLUMNS[prefers]["count"])[i] > self.mean(_other(prefers, "count"))[i]]
+
+    def preferred(self, prefers: Direction = "tuned") -> list[int]:
+        """Indices into ``tokens`` of those that a model prefers beyond noise, first the most."""
+        return [i for i in self._ahead(prefers) if self.p_adjusted[i] < _LEVEL]
+
     def _said(self, prefers: Direction) -> str:
         names = _COLUMNS[prefers]
-        order = [i for i in self.first(prefers) if self.mean(names["count"])[i] > self.mean(_other(prefers, "count"))[i]]
-        sure = [i for i in order if self.p_adjusted[i] < _LEVEL]
+        order, sure = self._ahead(prefers), self.preferred(prefers)
         if not order:
             return f"{prefers} prefers no token"
         i = (sure or order)[0]
