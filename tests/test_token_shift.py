@@ -335,3 +335,7 @@ def test_a_token_that_falls_more_often_than_it_rises_is_not_preferred() -> None:
             assert set(found) <= set(sure)
     names = [{r.vocabulary[int(r.tokens[i])] for i in r.preferred(p)} for r, p in ((there, "tuned"), (back, "base"))]
     assert names[0] == names[1]
+    i, sums = there.preferred()[0], there.sums.clone()
+    down = MEASURES.index(home._COLUMNS["base"]["count"])
+    sums[down, :, i] = sums[MEASURES.index(home._COLUMNS["tuned"]["count"]), :, i] + 1
+    assert i in replace(there, sums=sums).first("tuned") and i not in replace(there, sums=sums).preferred("tuned")
